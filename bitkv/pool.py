@@ -1,0 +1,66 @@
+"""A pool of equal pages with reference counts, growing by doubling."""
+
+import torch
+from torch import Tensor
+
+
+class PagePool:
+    """Pages of one layer: uint8 `[num_pages, Hkv, page_bytes]`.
+
+    A page is written once and never changed, so sequences that share a prefix share its pages; growth
+    copies bytes as they are.
+    """
+
+    def __init__(self, num_heads: int, page_bytes: int, device: torch.device) -> None:
+        self.data = torch.empty(0, num_heads, page_bytes, dtype=torch.uint8, device=device)
+        self._references: list[int] = []
+        self._free: list[int] = []
+
+    @property
+    def num_used(self) -> int:
+        """Pages that a sequence owns."""
+        return len(self._references) - len(self._free)
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes, free pages included."""
+        return self.data.nbytes
+
+    def references(self, page: int) -> int:
+        """How many block-table entries name this page."""
+        return self._references[page]
+
+    def store(self, pages: Tensor) -> list[int]:
+        """Copy `[n, Hkv, page_bytes]` into free pages, each with one reference; their indices."""
+        missing = len(pages) - len(self._free)
+        if missing > 0:
+            self.reserve(max(len(self._references) + missing, 2 * len(self._references)))
+        indices = [self._free.pop() for _ in range(len(pages))]
+        for index in indices:
+            self._references[index] = 1
+        self.data[torch.tensor(indices, device=self.data.device)] = pages
+        return indices
+
+    def reserve(self, num_pages: int) -> None:
+        """Make room for `num_pages` in all; never shrinks."""
+        old = len(self._references)
+        if num_pages <= old:
+            return
+        grown = self.data.new_empty(num_pages, *self.data.shape[1:])
+        grown[:old] = self.data
+        self.data = grown
+        self._references += [0] * (num_pages - old)
+        # popped from the end: pages are handed out in ascending order
+        self._free = [*reversed(range(old, num_pages)), *self._free]
+
+    def acquire(self, pages: list[int]) -> None:
+        """One more reference to each page named, once per mention."""
+        for page in pages:
+            self._references[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """One reference fewer to each page named; a page without any is free."""
+        for page in pages:
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free.append(page)

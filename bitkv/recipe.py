@@ -1,0 +1,207 @@
+"""Recipes: which codec for keys and for values at each layer, and how many tokens stay in 16 bits.
+
+A recipe has one text form, the same in Python, on the command line, in files and in results:
+`parse(repr(recipe)) == recipe`, and a preset's text such as `kivi2` or `asymkv(16, 0)` parses too.
+"""
+
+import ast
+import dataclasses
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitkv.codecs import CODECS, Affine, Codec, Unquantized
+from bitkv.pages import PAGE_SIZES
+
+
+@dataclass(frozen=True)
+class Split:
+    """One codec for the layers before `layer`, another from there on (AsymKV's layer-wise bits)."""
+
+    before: Codec
+    layer: int
+    after: Codec
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a cache is quantized.
+
+    Args:
+        key, value: a codec for all layers, or a `Split`.
+        num_sink_tokens: first tokens of a sequence that stay in 16 bits.
+        recent_tokens: newest tokens that always stay in 16 bits. A page is packed when
+            `recent_tokens + page_size` of them have gathered.
+        page_size: tokens of a page, 64 or 128.
+    """
+
+    key: Codec | Split
+    value: Codec | Split
+    num_sink_tokens: int = 4
+    recent_tokens: int = 64
+    page_size: int = 128
+
+    def __post_init__(self) -> None:
+        for name in ("num_sink_tokens", "recent_tokens"):
+            count = getattr(self, name)
+            if not isinstance(count, int) or count < 0:
+                raise ValueError(f"Recipe: {name} {count!r} is not a count; pass 0 or more")
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"Recipe: page_size {self.page_size} is not supported; use 64 or 128")
+        for name in ("key", "value"):
+            codecs = getattr(self, name)
+            parts = (codecs.before, codecs.after) if isinstance(codecs, Split) else (codecs,)
+            for codec in parts:
+                if not isinstance(codec, Codec):
+                    raise ValueError(f"Recipe: {name} {codec!r} is not a codec; see `bitkv recipes`")
+                if name == "value" and getattr(codec, "granularity", "token") != "token":
+                    raise ValueError(
+                        "Recipe: values are quantized per token; give the value codec "
+                        "granularity='token'"
+                    )
+
+    def codecs(self, layer_idx: int) -> tuple[Codec, Codec]:
+        """The key codec and the value codec of a layer."""
+        key, value = (
+            codec
+            if isinstance(codec, Codec)
+            else (codec.before if layer_idx < codec.layer else codec.after)
+            for codec in (self.key, self.value)
+        )
+        return key, value
+
+    def __str__(self) -> str:
+        """The name of a preset that equals this recipe, else its `repr`."""
+        for name, preset in PRESETS.items():
+            if not inspect.signature(preset.make).parameters and preset.make() == self:
+                return name
+        return repr(self)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named recipe: what makes it, where it comes from."""
+
+    make: Callable[..., Recipe]
+    source: str
+    summary: str
+
+
+def _kivi(bits: int) -> Recipe:
+    return Recipe(
+        key=Affine(bits=bits, granularity="channel", group_size=32),
+        value=Affine(bits=bits, granularity="token", group_size=32),
+        num_sink_tokens=0,
+    )
+
+
+def _asymkv(lk: int, lv: int) -> Recipe:
+    for name, layers in (("lk", lk), ("lv", lv)):
+        if not isinstance(layers, int) or layers < 0:
+            raise ValueError(f"asymkv: {name} {layers!r} is not a layer count; pass 0 or more")
+
+    def split(granularity: Any, layers: int) -> Split:
+        two, one = (Affine(bits=b, granularity=granularity, group_size=32) for b in (2, 1))
+        return Split(before=two, layer=layers, after=one)
+
+    return Recipe(key=split("channel", lk), value=split("token", lv), num_sink_tokens=0)
+
+
+def _best(key_bits: int, value_bits: int) -> Recipe:
+    return Recipe(
+        key=Affine(bits=key_bits, granularity="channel", group_size="page", levels="mse"),
+        value=Affine(bits=value_bits, granularity="token", group_size="page", levels="mse"),
+    )
+
+
+PRESETS: dict[str, Preset] = {
+    "fp16": Preset(
+        lambda: Recipe(Unquantized(), Unquantized()),
+        "none",
+        "the model's own dtype in pages: no quantization",
+    ),
+    "int8": Preset(
+        lambda: Recipe(Affine(8, "channel", "page"), Affine(8, "token", "page")),
+        "bitkv",
+        "8 bits: agrees with 16 bits almost everywhere",
+    ),
+    "kivi4": Preset(lambda: _kivi(4), "KIVI, arXiv 2402.02750", "4-bit min-max, groups of 32"),
+    "kivi2": Preset(lambda: _kivi(2), "KIVI, arXiv 2402.02750", "2-bit min-max, groups of 32"),
+    "asymkv": Preset(
+        _asymkv,
+        "AsymKV, arXiv 2410.13212",
+        "2-bit keys in the first lk layers, 2-bit values in the first lv, 1 bit elsewhere",
+    ),
+    "best2": Preset(lambda: _best(2, 2), "bitkv", "2-bit searched levels, one group a page, sinks kept"),
+    "best1": Preset(
+        lambda: _best(1, 1), "bitkv", "1-bit conditional means, one group a page, sinks kept"
+    ),
+}
+
+_CONSTRUCTORS: dict[str, Callable[..., object]] = {
+    "Recipe": Recipe,
+    "Split": Split,
+    **CODECS,
+    **{name: preset.make for name, preset in PRESETS.items()},
+}
+
+
+def parse(text: str) -> Recipe:
+    """The recipe that a text names: a preset, a preset call, or a `Recipe(...)` expression.
+
+    Raises:
+        ValueError: one sentence that says what is wrong and what exists.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"recipe {text!r} is not a recipe expression; {_choices()}") from None
+    made = _build(tree, text)
+    if isinstance(made, Codec):
+        raise ValueError(f"recipe {text!r} is a codec; write Recipe(key=..., value=...)")
+    if not isinstance(made, Recipe):
+        raise ValueError(f"recipe {text!r} is not a recipe; {_choices()}")
+    return made
+
+
+def load(path: Path) -> Recipe:
+    """The recipe written in a text file; lines that begin with `#` are comments."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return parse("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+
+
+def as_recipe(recipe: "Recipe | str") -> Recipe:
+    """A recipe as it is, or the one that a text names."""
+    return recipe if isinstance(recipe, Recipe) else parse(recipe)
+
+
+def replace(recipe: Recipe, **changes: int) -> Recipe:
+    """A copy with other `num_sink_tokens`, `recent_tokens` or `page_size`."""
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+
+
+def _choices() -> str:
+    return f"choose from {', '.join(PRESETS)} or write Recipe(key=..., value=...)"
+
+
+def _build(node: ast.expr, text: str) -> object:
+    """Calls of known names with literal arguments; nothing is ever evaluated as Python."""
+    if isinstance(node, ast.Name):
+        node = ast.Call(func=node, args=[], keywords=[])
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        make = _CONSTRUCTORS.get(node.func.id)
+        if make is None:
+            raise ValueError(f"recipe {text!r}: no {node.func.id!r}; {_choices()}")
+        args = [_build(arg, text) for arg in node.args]
+        keywords = {k.arg: _build(k.value, text) for k in node.keywords if k.arg}
+        try:
+            inspect.signature(make).bind(*args, **keywords)
+        except TypeError as error:
+            raise ValueError(f"recipe {text!r}: {node.func.id}: {error}") from None
+        return make(*args, **keywords)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(f"recipe {text!r}: {ast.unparse(node)!r} is not a literal") from None
