@@ -5,7 +5,6 @@ window; full pages only are packed, once, and never re-quantized.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -14,38 +13,10 @@ from torch import Tensor
 from bitkv.codecs import Codec
 from bitkv.pages import PageFormat
 from bitkv.pool import PagePool
+from bitkv.view import CacheView
 
+_TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")
 _PAGES_AT_ONCE = 16  # quantized together: bounds the float32 temporaries of a long prompt
-
-
-@dataclass(frozen=True)
-class CacheView:
-    """What attention reads: tensors of one layer, no codec.
-
-    Args:
-        format: the bytes of a page.
-        pages: uint8 `[num_pages, Hkv, page_bytes]`.
-        block_table: int32 `[B, max_pages]`, the pages of each sequence in order; entries beyond a
-            sequence's packed length are arbitrary.
-        packed_len: int32 `[B]`, tokens in pages.
-        hot_k, hot_v: `[B, Hkv, capacity, D]`, sinks and then recent tokens.
-        hot_len: int32 `[B]`, tokens in the hot window.
-        num_sink_tokens: the first hot tokens precede the pages, the others follow them.
-    """
-
-    format: PageFormat
-    pages: Tensor
-    block_table: Tensor
-    packed_len: Tensor
-    hot_k: Tensor
-    hot_v: Tensor
-    hot_len: Tensor
-    num_sink_tokens: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """int32 `[B]`: all tokens of each sequence."""
-        return self.packed_len + self.hot_len
 
 
 class Usage(NamedTuple):
@@ -87,8 +58,10 @@ class PagedLayer:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything, shapes included."""
+        """Forget everything, shapes included, and free its memory."""
         self._format: PageFormat | None = None
+        for name in _TENSORS:
+            vars(self).pop(name, None)
 
     @property
     def is_empty(self) -> bool:
@@ -145,7 +118,7 @@ class PagedLayer:
 
     def stage(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Put new tokens into the hot window, widening it as needed; see `append`."""
-        self._check(k, v)
+        self._check(k, v, real)
         if self.is_empty:
             self._allocate(k)
         old = self.hot_len.tolist()
@@ -205,7 +178,7 @@ class PagedLayer:
             new[:, :, :keep] = old[:, :, :keep]
             setattr(self, name, new)
 
-    def _check(self, k: Tensor, v: Tensor) -> None:
+    def _check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
         if k.shape != v.shape or k.dim() != 4:
             raise ValueError(
                 f"keys {tuple(k.shape)} and values {tuple(v.shape)} must both be [B, Hkv, T, D]"
@@ -214,6 +187,11 @@ class PagedLayer:
             raise ValueError(
                 f"keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}; "
                 "move them to one device and dtype"
+            )
+        columns = (k.shape[0], k.shape[2])
+        if real is not None and (real.shape != columns or real.dtype != torch.bool):
+            raise ValueError(
+                f"the mask of real tokens is {real.dtype} {tuple(real.shape)}; pass torch.bool {columns}"
             )
         if self.is_empty:
             return
@@ -271,11 +249,19 @@ class PagedLayer:
         """Make the batch `indices` `[B']` of the present one: reorder, repeat or select.
 
         Tables move and shared pages are counted; no page is copied.
+
+        Raises:
+            ValueError: an index outside the batch; nothing is changed.
         """
         if self.is_empty:
             return
         indices = indices.to(self.hot_k.device)
         old = self._page_lists()
+        if not all(0 <= b < len(old) for b in indices.tolist()):
+            raise ValueError(
+                f"cannot gather sequences {indices.tolist()} of a batch of {len(old)}; "
+                f"pass 0 to {len(old) - 1}"
+            )
         pages = [page for b in indices.tolist() for page in old[b]]
         self.pool.acquire(pages)
         self.pool.release([page for row in old for page in row])

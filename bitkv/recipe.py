@@ -16,6 +16,11 @@ from bitkv.codecs import CODECS, Affine, Codec, Unquantized
 from bitkv.pages import PAGE_SIZES
 
 
+def _check_count(owner: str, name: str, value: object, noun: str) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{owner}: {name} {value!r} is not a {noun}; pass 0 or more")
+
+
 @dataclass(frozen=True)
 class Split:
     """One codec for the layers before `layer`, another from there on (AsymKV's layer-wise bits)."""
@@ -23,6 +28,9 @@ class Split:
     before: Codec
     layer: int
     after: Codec
+
+    def __post_init__(self) -> None:
+        _check_count("Split", "layer", self.layer, "layer count")
 
 
 @dataclass(frozen=True)
@@ -45,10 +53,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("num_sink_tokens", "recent_tokens"):
-            count = getattr(self, name)
-            if not isinstance(count, int) or count < 0:
-                raise ValueError(f"Recipe: {name} {count!r} is not a count; pass 0 or more")
-        if self.page_size not in PAGE_SIZES:
+            _check_count("Recipe", name, getattr(self, name), "count")
+        if self.page_size not in PAGE_SIZES or not isinstance(self.page_size, int):
             raise ValueError(f"Recipe: page_size {self.page_size} is not supported; use 64 or 128")
         for name in ("key", "value"):
             codecs = getattr(self, name)
@@ -99,8 +105,7 @@ def _kivi(bits: int) -> Recipe:
 
 def _asymkv(lk: int, lv: int) -> Recipe:
     for name, layers in (("lk", lk), ("lv", lv)):
-        if not isinstance(layers, int) or layers < 0:
-            raise ValueError(f"asymkv: {name} {layers!r} is not a layer count; pass 0 or more")
+        _check_count("asymkv", name, layers, "layer count")
 
     def split(granularity: Any, layers: int) -> Split:
         two, one = (Affine(bits=b, granularity=granularity, group_size=32) for b in (2, 1))
@@ -156,7 +161,7 @@ def parse(text: str) -> Recipe:
     """
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # as `ast.parse` documents
         raise ValueError(f"recipe {text!r} is not a recipe expression; {_choices()}") from None
     made = _build(tree, text)
     if isinstance(made, Codec):
@@ -196,6 +201,8 @@ def _build(node: ast.expr, text: str) -> object:
             raise ValueError(f"recipe {text!r}: no {node.func.id!r}; {_choices()}")
         args = [_build(arg, text) for arg in node.args]
         keywords = {k.arg: _build(k.value, text) for k in node.keywords if k.arg}
+        if len(keywords) < len(node.keywords):
+            raise ValueError(f"recipe {text!r}: write each argument as name=value, once")
         try:
             inspect.signature(make).bind(*args, **keywords)
         except TypeError as error:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitkv.attention import reference
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.layer import CacheView
+from bitkv.view import CacheView
 
 __all__ = ["BACKENDS", "AttentionRequest", "Backend", "attend", "choose", "last_backend"]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from bitkv.layer import CacheView
+from bitkv.view import CacheView
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.layer import CacheView
+from bitkv.view import CacheView
 
 _TOKENS_PER_TILE = 1024
 _QUERIES_PER_TILE = 256

@@ -47,7 +47,7 @@ class Affine(Codec):
             ("levels", ("minmax", "mse")),
         ):
             value = getattr(self, name)
-            if value not in allowed or isinstance(value, bool):
+            if value not in allowed or isinstance(value, (bool, float)):
                 choices = ", ".join(map(repr, allowed))
                 raise ValueError(f"Affine: {name} {value!r} is not one of {choices}")
 
