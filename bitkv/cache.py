@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bitkv.layer import PagedLayer, Usage
 from bitkv.recipe import Recipe, as_recipe
+from bitkv.snapshot import restore, state
 
 _MAGIC = "bitkv cache 1"
 
@@ -101,11 +102,17 @@ class PagedCache:
         Args:
             model: fingerprint of the model, checked by `load`.
             extra: further tensors to keep in the file, returned by `load`.
+
+        Raises:
+            FileNotFoundError: there is no folder to write to.
         """
+        folder = Path(path).parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder} for the cache file; create it first")
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous()
             for i, layer in enumerate(self.layers)
-            for name, tensor in layer.state().items()
+            for name, tensor in state(layer).items()
         }
         tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in (extra or {}).items()}
         metadata = {
@@ -122,14 +129,20 @@ class PagedCache:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def load(self, path: Path | str, *, model: str) -> dict[str, Tensor]:
+    def load(
+        self, path: Path | str, *, model: str, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """Become the cache in a file that `save` wrote; returns its extra tensors.
+
+        Args:
+            model: fingerprint of the model, as given to `save`.
+            device: where the tensors shall live.
 
         Raises:
             ValueError: the file is damaged, or of another model or recipe; nothing is changed.
             FileNotFoundError: there is no such file.
         """
-        metadata, tensors = _read(Path(path))
+        metadata, tensors = _read(Path(path), str(device))
         expected = {
             "recipe": repr(self.recipe),
             "model": model,
@@ -144,7 +157,7 @@ class PagedCache:
         fresh = [self._new_layer(i, layer.layout) for i, layer in enumerate(self.layers)]
         for i, layer in enumerate(fresh):
             try:
-                layer.restore(_below(tensors, f"layers.{i}."))
+                restore(layer, _below(tensors, f"layers.{i}."))
             except KeyError as error:
                 raise ValueError(f"{path} lacks tensor {error} of layer {i}; save it anew") from None
         self.layers[:] = fresh
@@ -165,11 +178,11 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no cache file {path}; save one first")
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:

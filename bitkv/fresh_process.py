@@ -7,6 +7,7 @@ figures as the last line.
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -14,6 +15,13 @@ from collections.abc import Callable
 from typing import TextIO
 
 from bitkv.request import Request, Run
+
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+"""Environment in which glibc maps each block of 64 KiB and more by itself and unmaps it when freed.
+
+By default it keeps much of what is freed and uses it again, so that a peak would hide in memory that an
+earlier one left resident, or be counted long after it has passed.
+"""
 
 
 def generate_alone(request: Request, on_text: Callable[[str], None]) -> Run:
@@ -24,10 +32,16 @@ def generate_alone(request: Request, on_text: Callable[[str], None]) -> Run:
         ChildProcessError: the process died.
     """
     command = [sys.executable, "-m", __name__]
+    environment = os.environ | RETURN_FREED_MEMORY
     with (
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment,
         ) as child,
     ):
         try:

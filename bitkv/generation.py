@@ -12,7 +12,7 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 from bitkv import checkpoint
 from bitkv.attention import last_backend
 from bitkv.integrations.transformers import PackedCache
-from bitkv.peak_memory import peak_memory, return_freed_memory
+from bitkv.peak_memory import keep_freed_memory, peak_memory
 from bitkv.request import Request, Run
 
 _WARM_UP_TOKENS = 320  # enough for every preset to pack a page
@@ -26,18 +26,21 @@ def generate(request: Request, on_text: Callable[[str], None]) -> Run:
     """
     name = checkpoint.locate(request.model)
     config = checkpoint.load_config(name)
+    _empty_cache(config, request)  # refuses before anything large is loaded
     tokenizer = checkpoint.load_tokenizer(name)
-    ids = tokenizer(request.prompt, return_tensors="pt")["input_ids"]
+    is_start = request.load_cache is None
+    ids = tokenizer(request.prompt, add_special_tokens=is_start, return_tensors="pt")["input_ids"]
     _check_length(config, request, ids.shape[1])
-    _empty_cache(config, request)  # refuses before the weights are loaded
     model = checkpoint.load_model(name, request.dtype, request.device)
     generation = _Generation(request, model, tokenizer, ids.to(model.device))
     generation.warm_up()
+    if not request.measure_memory:
+        return generation.timed(on_text)
+    prefill, decode = generation.peaks()
+    keep_freed_memory()
+    generation.warm_up()
     run = generation.timed(on_text)
-    if request.measure_memory:
-        prefill, decode = generation.peaks(len(run.token_ids))
-        run = dataclasses.replace(run, peak_prefill_bytes=prefill, peak_decode_bytes=decode)
-    return run
+    return dataclasses.replace(run, peak_prefill_bytes=prefill, peak_decode_bytes=decode)
 
 
 def _empty_cache(config: Any, request: Request) -> Any:
@@ -53,8 +56,9 @@ def _check_length(config: Any, request: Request, prompt: int, cached: int = 0) -
     excess = cached + prompt + request.max_new_tokens - (limit or 0)
     if limit is not None and excess > 0:
         before = f" after {cached:,} cached ones" if cached else ""
+        new = request.max_new_tokens
         raise ValueError(
-            f"the prompt has {prompt:,} tokens{before} and {request.max_new_tokens:,} new ones are asked for, "
+            f"the prompt has {prompt:,} tokens{before} and {new:,} new ones are asked for, "
             f"but the model's context is {limit:,}; shorten the prompt or the answer by {excess:,}"
         )
 
@@ -71,7 +75,7 @@ class _Generation:
         self._generate(self.ids[:, :_WARM_UP_TOKENS], cache, self._meter(), new_tokens=2)
 
     def timed(self, on_text: Callable[[str], None]) -> Run:
-        """The run itself, with the allocator as every program has it."""
+        """The run itself."""
         request = self.request
         cache = self._cache()
         cached = cache.get_seq_length()
@@ -99,9 +103,8 @@ class _Generation:
             threads=torch.get_num_threads(),
         )
 
-    def peaks(self, new_tokens: int) -> tuple[int, int]:
+    def peaks(self) -> tuple[int, int]:
         """Most bytes above the loaded model while the prompt is read, and while tokens are decoded."""
-        return_freed_memory()
         peak = peak_memory(self.model.device)
         peak.reset()
         loaded = peak.read()
@@ -111,7 +114,8 @@ class _Generation:
             prefill.append(peak.read() - loaded)
             peak.reset()
 
-        self._generate(self.ids, self._cache(), self._meter(on_prefilled=prefilled), new_tokens)
+        meter = self._meter(on_prefilled=prefilled)
+        self._generate(self.ids, self._cache(), meter, self.request.max_new_tokens)
         return max(prefill[0], 0), max(peak.read() - loaded, 0)
 
     def _cache(self) -> Any:

@@ -4,7 +4,7 @@ The order of a sequence's tokens is sinks, pages, recent tokens. Sinks and recen
 window; full pages only are packed, once, and never re-quantized.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,8 @@ class PagedLayer:
         """Tokens the hot window holds between two calls of `append`."""
         return self.num_sink_tokens + self.recent_tokens + self.page_size
 
-    def _allocate(self, k: Tensor) -> None:
+    def allocate(self, k: Tensor) -> None:
+        """Make the tensors of an empty cache for tokens like `k` `[B, Hkv, T, D]`."""
         batch, heads, _, head_dim = k.shape
         self._format = self.page_format(head_dim, k.dtype)
         self.pool = PagePool(heads, self._format.page_bytes, k.device)
@@ -120,10 +121,10 @@ class PagedLayer:
         """Put new tokens into the hot window, widening it as needed; see `append`."""
         self._check(k, v, real)
         if self.is_empty:
-            self._allocate(k)
+            self.allocate(k)
         old = self.hot_len.tolist()
         counts = [k.shape[2]] * len(old) if real is None else real.sum(1).tolist()
-        needed = max(a + b for a, b in zip(old, counts, strict=True))
+        needed = max((a + b for a, b in zip(old, counts, strict=True)), default=0)
         if needed > self.hot_k.shape[2]:
             self._resize_hot(needed)
         for b, (start, count) in enumerate(zip(old, counts, strict=True)):
@@ -238,9 +239,9 @@ class PagedLayer:
         keep, partial = divmod(in_pages, self.page_size)
         pages = self.block_table[b, : packed // self.page_size].tolist()
         if partial:
-            k, v = self.format.dequantize(self.pool.data[pages[keep]])
-            self.hot_k[b, :, sinks : sinks + partial] = k[:, :partial].to(self.hot_k.dtype)
-            self.hot_v[b, :, sinks : sinks + partial] = v[:, :partial].to(self.hot_v.dtype)
+            k, v = self._dequantize([pages[keep]])
+            self.hot_k[b, :, sinks : sinks + partial] = k[0, :, :partial]
+            self.hot_v[b, :, sinks : sinks + partial] = v[0, :, :partial]
         self.pool.release(pages[keep:])
         self.packed_len[b] = keep * self.page_size
         self.hot_len[b] = min(length, sinks) + partial
@@ -256,7 +257,7 @@ class PagedLayer:
         if self.is_empty:
             return
         indices = indices.to(self.hot_k.device)
-        old = self._page_lists()
+        old = self.page_lists()
         if not all(0 <= b < len(old) for b in indices.tolist()):
             raise ValueError(
                 f"cannot gather sequences {indices.tolist()} of a batch of {len(old)}; "
@@ -268,7 +269,8 @@ class PagedLayer:
         for name in ("block_table", "packed_len", "hot_len", "hot_k", "hot_v"):
             setattr(self, name, getattr(self, name).index_select(0, indices))
 
-    def _page_lists(self) -> list[list[int]]:
+    def page_lists(self) -> list[list[int]]:
+        """The pages of each sequence, in order."""
         counts = (self.packed_len // self.page_size).tolist()
         return [row[:n] for row, n in zip(self.block_table.tolist(), counts, strict=True)]
 
@@ -297,15 +299,22 @@ class PagedLayer:
         longest = max(self.lengths)
         batch, heads, _, head_dim = self.hot_k.shape
         k, v = (self.hot_k.new_zeros(batch, heads, longest, head_dim) for _ in range(2))
-        for b, pages in enumerate(self._page_lists()):
+        for b, pages in enumerate(self.page_lists()):
             packed, hot = int(self.packed_len[b]), int(self.hot_len[b])
             sinks = min(hot, self.num_sink_tokens)
-            dequantized = self.format.dequantize(self.pool.data[pages])
-            for out, store, body in zip((k, v), (self.hot_k, self.hot_v), dequantized, strict=True):
+            bodies = self._dequantize(pages)
+            for out, store, body in zip((k, v), (self.hot_k, self.hot_v), bodies, strict=True):
                 out[b, :, :sinks] = store[b, :, :sinks]
                 out[b, :, sinks : sinks + packed] = body.transpose(0, 1).flatten(1, 2)
                 out[b, :, sinks + packed : packed + hot] = store[b, :, sinks:hot]
         return k, v
+
+    def _dequantize(self, pages: list[int]) -> Iterator[Tensor]:
+        """Keys, then values `[n, Hkv, page_size, D]` of some pages, in the cache's dtype."""
+        largest = torch.finfo(self.hot_k.dtype).max
+        for x in self.format.dequantize(self.pool.data[pages]):
+            # a level may lie just above the largest float16, where rounding would make it infinite
+            yield x.clamp(-largest, largest).to(self.hot_k.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -329,68 +338,3 @@ class PagedLayer:
             hot_bytes=hot_elements * self.hot_k.dtype.itemsize,
             hot_elements=hot_elements,
         )
-
-    # --- state ---------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Tensor]:
-        """Tensors that hold this layer: used pages only, the table renumbered to match."""
-        if self.is_empty:
-            return {}
-        lists = self._page_lists()
-        used = sorted({page for row in lists for page in row})
-        number = {page: i for i, page in enumerate(used)}
-        table = torch.zeros(len(lists), max(map(len, lists)), dtype=torch.int32)
-        for b, row in enumerate(lists):
-            table[b, : len(row)] = torch.tensor([number[page] for page in row], dtype=torch.int32)
-        longest = int(self.hot_len.max())
-        return {
-            "pages": self.pool.data[used],
-            "block_table": table,
-            "packed_len": self.packed_len,
-            "hot_len": self.hot_len,
-            "hot_k": self.hot_k[:, :, :longest].contiguous(),
-            "hot_v": self.hot_v[:, :, :longest].contiguous(),
-        }
-
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` describes.
-
-        Raises:
-            ValueError: the tensors do not fit this layer's recipe or one another.
-        """
-        self.reset()
-        if not state:
-            return
-        hot_k, hot_v = state["hot_k"], state["hot_v"]
-        batch, heads, longest, head_dim = hot_k.shape
-        page_bytes = self.page_format(head_dim, hot_k.dtype).page_bytes
-        pages, table = state["pages"], state["block_table"].to(torch.int32)
-        counts = (state["packed_len"] // self.page_size).tolist()
-        rows = [row[:n] for row, n in zip(table.tolist(), counts, strict=True)]
-        consistent = (
-            hot_v.shape == hot_k.shape
-            and pages.shape[1:] == (heads, page_bytes)
-            and longest <= self.hot_capacity
-            and max(state["hot_len"].tolist(), default=0) <= longest
-            and all(len(row) == n for row, n in zip(rows, counts, strict=True))
-            and all(0 <= page < len(pages) for row in rows for page in row)
-        )
-        if not consistent:
-            raise ValueError("the saved tensors do not fit this recipe's pages; the file is damaged")
-        self._allocate(hot_k)
-        self._load(pages, table, rows, state)
-
-    def _load(
-        self, pages: Tensor, table: Tensor, rows: list[list[int]], state: dict[str, Tensor]
-    ) -> None:
-        numbers = self.pool.store(pages)
-        self.pool.acquire([numbers[page] for row in rows for page in row])
-        self.pool.release(numbers)  # the table now holds the only references
-        self.block_table = torch.zeros_like(table)
-        for b, row in enumerate(rows):
-            self.block_table[b, : len(row)] = torch.tensor([numbers[p] for p in row])
-        self.packed_len = state["packed_len"].clone()
-        self.hot_len = state["hot_len"].clone()
-        longest = state["hot_k"].shape[2]
-        self.hot_k[:, :, :longest] = state["hot_k"]
-        self.hot_v[:, :, :longest] = state["hot_v"]

@@ -127,6 +127,9 @@ class PartFormat:
             raise ValueError(f"head_dim {self.head_dim} does not pack; it must be a multiple of 16")
         if self.layout not in LAYOUTS:
             raise ValueError(f"no layout {self.layout!r}; choose from {', '.join(LAYOUTS)}")
+        for name, names in (("site", ("key", "value")), ("granularity", ("channel", "token"))):
+            if getattr(self, name) not in names:
+                raise ValueError(f"no {name} {getattr(self, name)!r}; choose from {', '.join(names)}")
         if self.is_raw:
             if self.dtype not in RAW_DTYPES or RAW_DTYPES[self.dtype].itemsize * 8 != self.bits:
                 raise ValueError(f"{self.bits} bits cannot hold {self.dtype}; use its own width")
@@ -140,7 +143,7 @@ class PartFormat:
             if self.granularity == "channel"
             else ("head_dim", self.head_dim)
         )
-        if extent % self.group_size:
+        if self.group_size < 1 or extent % self.group_size:
             raise ValueError(
                 f"{name} {extent} is not a multiple of group_size {self.group_size}; "
                 f"pass a group_size that divides {extent}, or 'page' for one group"

@@ -1,7 +1,7 @@
 """The peak memory of a stretch of a program: of this process, or of a CUDA device.
 
 On Linux the kernel keeps the high-water mark of resident memory and can be told to start anew; elsewhere
-a thread samples. The marks are only as honest as the allocator: see `return_freed_memory`.
+a thread samples. The marks are as honest as the allocator, hence `fresh_process.RETURN_FREED_MEMORY`.
 """
 
 import contextlib
@@ -17,8 +17,7 @@ import torch
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
 _RESET_PEAK = "5"
-_MALLOPT_TRIM_THRESHOLD, _MALLOPT_MMAP_THRESHOLD = -1, -3
-_SMALLEST_MAPPING = 65536
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _SAMPLING_SECONDS = 0.001
 
 
@@ -41,18 +40,16 @@ def peak_memory(device: torch.device) -> PeakMemory:
         return _SampledPeak()
 
 
-def return_freed_memory() -> None:
-    """Make glibc give memory back when it is freed, for the rest of this process.
+def keep_freed_memory() -> None:
+    """Give glibc the thresholds that it grows to by itself in a program with large blocks.
 
-    By default it keeps and reuses what was freed: a later peak then hides in memory that an earlier one
-    left resident. Mapping every block of 64 KiB and more shows each peak as it is, but slows down
-    allocation, so times are taken before.
+    A process started with `fresh_process.RETURN_FREED_MEMORY` calls it before it takes times: to map and
+    unmap each block costs time that no ordinary program spends.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
-        libc.mallopt(_MALLOPT_MMAP_THRESHOLD, _SMALLEST_MAPPING)
-        libc.mallopt(_MALLOPT_TRIM_THRESHOLD, _SMALLEST_MAPPING)
-    _collect()
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _collect() -> None:

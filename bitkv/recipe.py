@@ -10,7 +10,6 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bitkv.codecs import CODECS, Affine, Codec, Unquantized
 from bitkv.pages import PAGE_SIZES
@@ -88,38 +87,34 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Preset:
-    """A named recipe: what makes it, where it comes from."""
+    """A named recipe: what makes it, where it comes from, and a call of it if it takes arguments."""
 
     make: Callable[..., Recipe]
     source: str
     summary: str
+    example: str = ""
 
 
-def _kivi(bits: int) -> Recipe:
+def _affine(bits: int, group_size: int | str = 32, levels: str = "minmax", sinks: int = 0) -> Recipe:
     return Recipe(
-        key=Affine(bits=bits, granularity="channel", group_size=32),
-        value=Affine(bits=bits, granularity="token", group_size=32),
-        num_sink_tokens=0,
+        key=Affine(bits, "channel", group_size, levels),  # type: ignore[arg-type]
+        value=Affine(bits, "token", group_size, levels),  # type: ignore[arg-type]
+        num_sink_tokens=sinks,
     )
 
 
 def _asymkv(lk: int, lv: int) -> Recipe:
     for name, layers in (("lk", lk), ("lv", lv)):
         _check_count("asymkv", name, layers, "layer count")
-
-    def split(granularity: Any, layers: int) -> Split:
-        two, one = (Affine(bits=b, granularity=granularity, group_size=32) for b in (2, 1))
-        return Split(before=two, layer=layers, after=one)
-
-    return Recipe(key=split("channel", lk), value=split("token", lv), num_sink_tokens=0)
-
-
-def _best(key_bits: int, value_bits: int) -> Recipe:
+    two, one = _affine(2), _affine(1)
     return Recipe(
-        key=Affine(bits=key_bits, granularity="channel", group_size="page", levels="mse"),
-        value=Affine(bits=value_bits, granularity="token", group_size="page", levels="mse"),
+        key=Split(two.key, lk, one.key),  # type: ignore[arg-type]
+        value=Split(two.value, lv, one.value),  # type: ignore[arg-type]
+        num_sink_tokens=0,
     )
 
+
+_KIVI, _ASYMKV = "KIVI, arXiv 2402.02750", "AsymKV, arXiv 2410.13212"
 
 PRESETS: dict[str, Preset] = {
     "fp16": Preset(
@@ -128,20 +123,33 @@ PRESETS: dict[str, Preset] = {
         "the model's own dtype in pages: no quantization",
     ),
     "int8": Preset(
-        lambda: Recipe(Affine(8, "channel", "page"), Affine(8, "token", "page")),
+        lambda: _affine(8, "page", sinks=4),
         "bitkv",
-        "8 bits: agrees with 16 bits almost everywhere",
+        "8 bits, one group a page: agrees with 16 bits almost everywhere",
     ),
-    "kivi4": Preset(lambda: _kivi(4), "KIVI, arXiv 2402.02750", "4-bit min-max, groups of 32"),
-    "kivi2": Preset(lambda: _kivi(2), "KIVI, arXiv 2402.02750", "2-bit min-max, groups of 32"),
+    "kivi4": Preset(lambda: _affine(4), _KIVI, "4-bit min-max, groups of 32"),
+    "kivi2": Preset(lambda: _affine(2), _KIVI, "2-bit min-max, groups of 32"),
     "asymkv": Preset(
         _asymkv,
-        "AsymKV, arXiv 2410.13212",
+        _ASYMKV,
         "2-bit keys in the first lk layers, 2-bit values in the first lv, 1 bit elsewhere",
+        "asymkv(16, 0)",
     ),
-    "best2": Preset(lambda: _best(2, 2), "bitkv", "2-bit searched levels, one group a page, sinks kept"),
+    "affine": Preset(
+        _affine,
+        "bitkv",
+        "keys per channel, values per token: any bits, group size and levels",
+        "affine(2, 32, 'mse')",
+    ),
+    "best2": Preset(
+        lambda: _affine(2, "page", "mse", sinks=4),
+        "bitkv",
+        "2-bit searched levels, one group a page, sinks kept",
+    ),
     "best1": Preset(
-        lambda: _best(1, 1), "bitkv", "1-bit conditional means, one group a page, sinks kept"
+        lambda: _affine(1, "page", "mse", sinks=4),
+        "bitkv",
+        "1-bit conditional means, one group a page, sinks kept",
     ),
 }
 

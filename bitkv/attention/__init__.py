@@ -47,14 +47,16 @@ def attend(
         `[B, Hq, Tq]`. A query that sees nothing gets 0 and minus infinity.
 
     Raises:
-        ValueError: shapes or devices that do not fit, or every backend asked refused.
+        ValueError: arguments that do not fit, or every backend asked refused.
     """
     _check(q, view)
+    _check_visibility(q, positions, window, softcap)
     if positions is None:
         lengths, num_queries = view.lengths[:, None], q.shape[2]
         back = torch.arange(num_queries, device=q.device) - num_queries if causal else -1
         positions = (lengths + back).expand(q.shape[0], num_queries)
-    request = AttentionRequest(q, view, positions, scale or q.shape[-1] ** -0.5, window, softcap)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    request = AttentionRequest(q, view, positions, scale, window, softcap)
     chosen = choose(request, backend)
     _last[:] = [chosen.name]
     return chosen.run(request)
@@ -95,3 +97,16 @@ def _check(q: Tensor, view: CacheView) -> None:
         raise ValueError(
             f"queries are on {q.device}, the cache on {view.hot_k.device}; move them to one device"
         )
+
+
+def _check_visibility(
+    q: Tensor, positions: Tensor | None, window: int | None, softcap: float | None
+) -> None:
+    if positions is not None and positions.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(
+            f"positions {tuple(positions.shape)} do not fit queries {tuple(q.shape)}; pass [B, Tq]"
+        )
+    if window is not None and window < 1:
+        raise ValueError(f"window {window} hides every token; pass 1 or more, or None")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap} does not bound scores; pass a positive number, or None")

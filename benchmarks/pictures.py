@@ -1,0 +1,72 @@
+"""Pictures made from committed results."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from bitkv import benchmark
+
+RESULTS = Path(__file__).parent / "results"
+COLOURS = {"min–max levels": "#D55E00", "searched levels": "#0072B2"}
+MARKS = {"min–max levels": "o", "searched levels": "D"}
+
+
+def attention(path: Path) -> None:
+    """Latency and memory against context."""
+    benchmark.plot(benchmark.read_json(RESULTS / "attention.json"), path)
+
+
+def quality(rows: list[dict[str, Any]], path: Path) -> None:
+    """What is lost against measured bits: KL divergence, and needle recall at the longest length."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kl = [row for row in rows if row["task"] == "agreement" and row["recipe"] != "fp16"]
+    needle = [row for row in rows if row["task"] == "needle"]
+    longest = max(row["context"] for row in needle)
+    needle = [row for row in needle if row["context"] == longest]
+    stock = next(row for row in needle if row["recipe"] == "stock")
+    needle = [row for row in needle if row["recipe"] not in ("stock", "fp16")]
+
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    _scatter(left, kl, "kl_mean")
+    left.set(yscale="log", ylabel="KL to 16 bits, nats per token", title="Lower is better")
+    _scatter(right, needle, "exact_match")
+    right.axhline(stock["exact_match"], color="#999999", linewidth=1, linestyle=":")
+    right.annotate("16 bits", (8, stock["exact_match"]), va="bottom", ha="right", color="#777777")
+    right.set(
+        ylabel=f"needle recall at {longest:,} tokens", title="Higher is better", ylim=(-0.03, 1.05)
+    )
+    for axes in (left, right):
+        axes.set(xlabel="measured bits per element beyond the hot window", xscale="log")
+        axes.set_xticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
+        axes.minorticks_off()
+        axes.grid(color="#eeeeee")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles, labels, frameon=False, loc="lower left")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _scatter(axes: Any, rows: list[dict[str, Any]], field: str) -> None:
+    for kind, colour in COLOURS.items():
+        chosen = [row for row in rows if _kind(row) == kind]
+        if chosen:
+            x = [row["packed_bits_per_element"] for row in chosen]
+            y = [row[field] for row in chosen]
+            axes.scatter(x, y, color=colour, marker=MARKS[kind], s=46, label=kind, zorder=3)
+    for row in rows:
+        axes.annotate(
+            row["recipe"],
+            (row["packed_bits_per_element"], row[field]),
+            textcoords="offset points",
+            xytext=(7, 4),
+            fontsize=8,
+            color="#333333",
+        )
+
+
+def _kind(row: dict[str, Any]) -> str:
+    return "searched levels" if "'mse'" in row["definition"] else "min–max levels"

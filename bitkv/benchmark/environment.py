@@ -1,0 +1,69 @@
+"""Where and how a benchmark ran."""
+
+import platform
+import subprocess
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+import bitkv
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where and how the rows of one run were measured.
+
+    Args:
+        bandwidth_gbps: measured memory read bandwidth, GB/s.
+        threads: torch's threads, in every measurement of the run.
+        commit: of the source tree, "-dirty" if changed; None outside one.
+        date: UTC, ISO 8601.
+    """
+
+    bandwidth_gbps: float
+    threads: int
+    device: str
+    torch: str
+    command: str
+    commit: str | None
+    date: str
+
+    @property
+    def threads_text(self) -> str:
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+def environment_of_run(bandwidth_gbps: float, command: str) -> Environment:
+    """This process's environment, now."""
+    return Environment(
+        bandwidth_gbps=bandwidth_gbps,
+        threads=torch.get_num_threads(),
+        device=_device(),
+        torch=torch.__version__,
+        command=command,
+        commit=_commit(),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _device() -> str:
+    """The processor's name."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    root = Path(bitkv.__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,99 @@
+"""`bitkv recipes`: what exists."""
+
+import argparse
+import json
+from dataclasses import asdict, dataclass
+from typing import TypeVar
+
+SUMMARY = "list the recipes that exist, with their bits and sources"
+DESCRIPTION = """The recipes that have a name. Bits per element are measured on a page at head_dim 128,
+scales and zero points included; the hot window comes on top and depends on the context."""
+EXAMPLES = """examples:
+  bitkv recipes
+  bitkv recipes --json
+
+a recipe is a name, a call such as "asymkv(16, 0)", a Recipe(...) expression,
+or @FILE, a file that holds one
+"""
+
+T = TypeVar("T")
+
+_HEAD_DIM = 128
+_MANY_LAYERS = 32
+
+
+@dataclass(frozen=True)
+class Row:
+    """A preset; lists hold one entry per distinct kind of layer."""
+
+    name: str
+    text: str
+    key_bits: list[int]
+    value_bits: list[int]
+    bits_per_element: list[float]
+    source: str
+    summary: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    rows = list_recipes()
+    if args.json:
+        print(json.dumps([asdict(row) for row in rows], indent=1))
+    else:
+        _print(rows)
+
+
+def list_recipes() -> list[Row]:
+    """Every preset, measured."""
+    from bitkv.recipe import PRESETS
+
+    return [_measure(name) for name in PRESETS]
+
+
+def _measure(name: str) -> Row:
+    import torch
+
+    from bitkv.cache import PagedCache
+    from bitkv.recipe import PRESETS, parse
+
+    preset = PRESETS[name]
+    recipe = parse(preset.example or name)
+    layers = PagedCache(recipe, _MANY_LAYERS).layers
+    formats = [layer.page_format(_HEAD_DIM, torch.float16) for layer in layers]
+    return Row(
+        name=preset.example or name,
+        text=repr(recipe),
+        key_bits=_distinct([f.key.bits for f in formats]),
+        value_bits=_distinct([f.value.bits for f in formats]),
+        bits_per_element=_distinct([f.bits_per_element for f in formats]),
+        source=preset.source,
+        summary=preset.summary,
+    )
+
+
+def _distinct(values: list[T]) -> list[T]:
+    return list(dict.fromkeys(values))
+
+
+def _print(rows: list[Row]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("recipe", "K bits", "V bits", "bits/element", "what, and source"):
+        table.add_column(heading, no_wrap=heading == "recipe")
+    for row in rows:
+        bits = ([f"{x:g}" for x in xs] for xs in (row.key_bits, row.value_bits, row.bits_per_element))
+        what = Text.assemble(row.summary, "\n", (row.source, "dim"))
+        table.add_row(Text(row.name), *map(", ".join, bits), what)
+    console = Console(highlight=False)
+    console.print(table)
+    for row in rows:
+        # a text to copy, so never wrapped by the console
+        console.print(Text(f"{row.name} = {row.text}"), soft_wrap=True)

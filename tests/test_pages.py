@@ -1,0 +1,245 @@
+"""Pages: every format packs and unpacks exactly, has the size it says and the order it documents."""
+
+import itertools
+import re
+import struct
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from bitkv.pages import LAYOUTS, RAW_DTYPES, PageFormat, PartFormat, QuantizedTensor
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (64, 128)
+GROUPS = (32, 64, 128, "page")
+SITES = (("key", "channel"), ("key", "token"), ("value", "token"))
+
+
+def exactly(sentence: str) -> str:
+    return f"^{re.escape(sentence)}$"
+
+
+def extent_of(granularity: str, page_size: int, head_dim: int) -> int:
+    return page_size if granularity == "channel" else head_dim
+
+
+def divides(site, granularity, bits, group, page_size, head_dim) -> bool:
+    return group == "page" or extent_of(granularity, page_size, head_dim) % group == 0
+
+
+CODED = [
+    (*site, *rest)
+    for site, *rest in itertools.product(SITES, (1, 2, 4, 8), GROUPS, PAGE_SIZES, HEAD_DIMS)
+]
+VALID = [case for case in CODED if divides(*case)]
+INVALID = [case for case in CODED if not divides(*case)]
+
+
+def part(site, granularity, bits, group, page_size, head_dim, layout="strided") -> PartFormat:
+    group = extent_of(granularity, page_size, head_dim) if group == "page" else group
+    return PartFormat(site, bits, granularity, group, head_dim, page_size, layout=layout)
+
+
+def random_codes(form: PartFormat, *lead: int) -> QuantizedTensor:
+    """Codes that use every level, and scales that are all different."""
+    tokens, channels = form.page_size, form.head_dim
+    codes = torch.randint(0, 2**form.bits, (*lead, tokens, channels), dtype=torch.uint8)
+    if form.granularity == "channel":
+        shape = (*lead, tokens // form.group_size, channels)
+    else:
+        shape = (*lead, tokens, channels // form.group_size)
+    return QuantizedTensor(codes, torch.randn(shape).half(), torch.randn(shape).half(), form.granularity)
+
+
+def assert_same(a: QuantizedTensor, b: QuantizedTensor) -> None:
+    for x, y in zip(a[:3], b[:3], strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (x.dtype == y.dtype and torch.equal(x, y))
+    assert a.granularity == b.granularity
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("case", VALID, ids=str)
+def test_unpack_is_the_exact_inverse_of_pack(case, layout):
+    form = part(*case, layout=layout)
+    q = random_codes(form)
+    data = form.pack(q)
+    assert data.dtype == torch.uint8
+    assert data.shape == (form.nbytes,)
+    assert_same(form.unpack(data), q)
+
+
+@pytest.mark.parametrize("case", INVALID, ids=str)
+def test_groups_that_do_not_divide_are_refused(case):
+    _, granularity, _, group, page_size, head_dim = case
+    name = "page_size" if granularity == "channel" else "head_dim"
+    extent = extent_of(granularity, page_size, head_dim)
+    sentence = (
+        f"{name} {extent} is not a multiple of group_size {group}; "
+        f"pass a group_size that divides {extent}, or 'page' for one group"
+    )
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        part(*case)
+
+
+@pytest.mark.parametrize("dtype", RAW_DTYPES)
+@pytest.mark.parametrize("site", ["key", "value"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_unquantized_values_come_back_bit_for_bit(dtype, site, head_dim, page_size):
+    x = torch.randn(page_size, head_dim).to(RAW_DTYPES[dtype])
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, -0.0, torch.nan])
+    form = PartFormat(site, 8 * x.element_size(), "token", head_dim, head_dim, page_size, dtype)
+    data = form.pack(QuantizedTensor(x, None, None, "token"))
+    back = form.unpack(data).codes
+    assert data.numel() == form.nbytes == x.nbytes
+    assert torch.equal(back.contiguous().view(torch.uint8), x.view(torch.uint8))
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    site=st.sampled_from(SITES),
+    bits=st.sampled_from([1, 2, 4, 8]),
+    page_size=st.sampled_from(PAGE_SIZES),
+    head_dim=st.integers(1, 20).map(lambda n: 16 * n),
+)
+def test_any_head_dim_that_is_a_multiple_of_16_packs(seed, site, bits, page_size, head_dim):
+    torch.manual_seed(seed)
+    form = part(*site, bits, "page", page_size, head_dim)
+    q = random_codes(form, 2)
+    assert_same(form.unpack(form.pack(q)), q)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "page_bytes", "bits_per_element"),
+    [
+        (4, 128, 17_408, 4.25),
+        (2, 128, 9_216, 2.25),
+        (1, 128, 5_120, 1.25),
+        (8, 128, 33_792, 8.25),
+        (2, 32, 12_288, 3.0),
+        (1, 32, 8_192, 2.0),
+    ],
+)
+def test_a_page_of_128_tokens_and_128_channels_has_this_size(bits, group, page_bytes, bits_per_element):
+    form = PageFormat(
+        part("key", "channel", bits, group, 128, 128), part("value", "token", bits, group, 128, 128)
+    )
+    page = form.pack(random_codes(form.key), random_codes(form.value))
+    assert page.nbytes == form.page_bytes == page_bytes
+    assert form.bits_per_element == bits_per_element
+
+
+def strided_bytes(codes: list[list[int]], bits: int) -> bytes:
+    """The definition, element by element: code j of word w of a row is column j * words + w.
+
+    Where a row is too short for 16 words, the rows r, r + rows / folds, ... share one row of words.
+    """
+    rows, columns = len(codes), len(codes[0])
+    folds = next(f for f in (1, 2, 4, 8, 16) if columns * bits * f >= 16 * 16)
+    codes_per_word = 16 // (bits * folds)
+    words = columns // codes_per_word
+    data = bytearray(rows * columns * bits // 8)
+    for row, column in itertools.product(range(rows), range(columns)):
+        fold, word_row = divmod(row, rows // folds)
+        j, word = divmod(column, words)
+        bit = bits * (fold * codes_per_word + j)
+        byte = 2 * (word_row * words + word) + bit // 8
+        data[byte] |= codes[row][column] << bit % 8
+    return bytes(data)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("site", "page_size"), [("key", 64), ("value", 64), ("value", 128)])
+def test_the_strided_layout_is_what_it_says(site, bits, head_dim, page_size):
+    form = part(site, "token", bits, "page", page_size, head_dim)
+    q = random_codes(form)
+    rows = q.codes if site == "key" else q.codes.T
+    stored = bytes(form.pack(q)[: form.code_bytes].tolist())
+    assert stored == strided_bytes(rows.tolist(), bits)
+
+
+def half_bytes(x: Tensor) -> bytes:
+    return b"".join(struct.pack("<e", value) for value in x.flatten().tolist())
+
+
+def test_a_page_is_key_codes_scales_zero_points_then_the_same_of_values():
+    form = PageFormat(part("key", "channel", 2, 32, 64, 96), part("value", "token", 4, 32, 64, 96))
+    k, v = random_codes(form.key), random_codes(form.value)
+    expected = (
+        strided_bytes(k.codes.tolist(), 2)
+        + half_bytes(k.scale)  # [T/g, D]
+        + half_bytes(k.zero_point)
+        + strided_bytes(v.codes.T.tolist(), 4)
+        + half_bytes(v.scale.T)  # [D/g, T]: a group's tokens are neighbours
+        + half_bytes(v.zero_point.T)
+    )
+    assert bytes(form.pack(k, v).tolist()) == expected
+
+
+def test_dequantize_is_code_times_scale_plus_zero_point_of_its_group():
+    form = PageFormat(part("key", "channel", 4, 32, 64, 96), part("value", "token", 2, 32, 64, 96))
+    k, v = random_codes(form.key), random_codes(form.value)
+    keys, values = form.dequantize(form.pack(k, v))
+    for t, c in ((0, 0), (31, 5), (32, 5), (63, 95), (40, 64)):
+        key = k.codes[t, c].item() * k.scale[t // 32, c].item() + k.zero_point[t // 32, c].item()
+        value = v.codes[t, c].item() * v.scale[t, c // 32].item() + v.zero_point[t, c // 32].item()
+        assert keys[t, c].item() == pytest.approx(key, rel=1e-6, abs=1e-6)
+        assert values[t, c].item() == pytest.approx(value, rel=1e-6, abs=1e-6)
+
+
+def test_pages_pack_alike_alone_and_together():
+    form = part("key", "channel", 1, 64, 128, 64)
+    q = random_codes(form, 3, 2)
+    together = form.pack(q)
+    alone = form.pack(QuantizedTensor(q.codes[2, 1], q.scale[2, 1], q.zero_point[2, 1], "channel"))
+    assert together.shape == (3, 2, form.nbytes)
+    assert torch.equal(together[2, 1], alone)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("key", 2, "token", 32, 64, 32), "page_size 32 is not supported; use 64 or 128"),
+        (("key", 2, "token", 72, 72, 64), "head_dim 72 does not pack; it must be a multiple of 16"),
+        (("key", 2, "token", 0, 0, 64), "head_dim 0 does not pack; it must be a multiple of 16"),
+        (("keys", 2, "token", 32, 64, 64), "no site 'keys'; choose from key, value"),
+        (("key", 2, "row", 32, 64, 64), "no granularity 'row'; choose from channel, token"),
+        (
+            ("key", 2, "token", 0, 64, 64),
+            "head_dim 64 is not a multiple of group_size 0; "
+            "pass a group_size that divides 64, or 'page' for one group",
+        ),
+        (
+            ("key", 3, "token", 32, 64, 64),
+            "bits 3 is not supported; use 1, 2, 4, 8, or 16 (unquantized)",
+        ),
+        (
+            ("value", 2, "channel", 32, 64, 64),
+            "values are quantized per token; use granularity='token' for values",
+        ),
+        (
+            ("key", 16, "token", 64, 64, 64, "float32"),
+            "16 bits cannot hold float32; use its own width",
+        ),
+        (("key", 16, "token", 64, 64, 64, "int16"), "16 bits cannot hold int16; use its own width"),
+        (
+            ("key", 2, "token", 32, 64, 64, "float16", "zigzag"),
+            f"no layout 'zigzag'; choose from {', '.join(LAYOUTS)}",
+        ),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused_with_a_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        PartFormat(*arguments)
+
+
+def test_both_halves_of_a_page_agree_on_its_shape():
+    with pytest.raises(
+        ValueError, match=r"^head_dim differs within a page: 64 for keys, 128 for values$"
+    ):
+        PageFormat(part("key", "token", 2, 32, 64, 64), part("value", "token", 2, 32, 64, 128))

@@ -1,0 +1,68 @@
+"""The page pool: doubling growth, pages in ascending order, reference counts."""
+
+import torch
+
+from bitkv.pool import PagePool
+
+CPU = torch.device("cpu")
+
+
+def pages(count: int, heads: int = 2, page_bytes: int = 24) -> torch.Tensor:
+    return torch.randint(0, 256, (count, heads, page_bytes), dtype=torch.uint8)
+
+
+def test_a_new_pool_holds_nothing():
+    pool = PagePool(2, 24, CPU)
+    assert (pool.num_used, pool.nbytes) == (0, 0)
+
+
+def test_stored_pages_read_back_and_have_one_reference_each():
+    pool = PagePool(2, 24, CPU)
+    written = pages(3)
+    indices = pool.store(written)
+    assert indices == [0, 1, 2]
+    assert torch.equal(pool.data[indices], written)
+    assert [pool.references(page) for page in indices] == [1, 1, 1]
+    assert pool.num_used == 3
+
+
+def test_growth_doubles_and_keeps_every_byte():
+    pool, written = PagePool(2, 24, CPU), pages(100)
+    sizes = set()
+    for page in written:
+        pool.store(page[None])
+        sizes.add(len(pool.data))
+    assert sizes == {1, 2, 4, 8, 16, 32, 64, 128}
+    assert torch.equal(pool.data[:100], written)
+    assert pool.nbytes == 128 * 2 * 24
+
+
+def test_reserve_makes_room_once_and_never_shrinks():
+    pool = PagePool(2, 24, CPU)
+    pool.reserve(10)
+    before = pool.data.data_ptr()
+    assert pool.store(pages(10)) == list(range(10))
+    pool.reserve(3)
+    assert pool.data.data_ptr() == before
+    assert pool.num_used == len(pool.data) == 10
+
+
+def test_a_page_is_free_when_its_last_reference_goes():
+    pool = PagePool(2, 24, CPU)
+    first, second = pool.store(pages(2))
+    pool.acquire([first, first])
+    assert pool.references(first) == 3
+    pool.release([first, second, first])
+    assert (pool.references(first), pool.references(second)) == (1, 0)
+    assert pool.num_used == 1
+
+
+def test_free_pages_are_used_again_before_the_pool_grows():
+    pool = PagePool(2, 24, CPU)
+    kept, gone = pool.store(pages(2))
+    keeps = pool.data[kept].clone()
+    pool.release([gone])
+    again = pages(1)
+    assert pool.store(again) == [gone]
+    assert len(pool.data) == 2
+    assert torch.equal(pool.data[[kept, gone]], torch.stack([keeps, again[0]]))
