@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitkv.cli.recipes import list_recipes
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
@@ -152,7 +154,17 @@ def attention() -> str:
     return markdown(headings, lines)
 
 
+def recipes() -> str:
+    """Every preset, measured on a page."""
+    lines = []
+    for row in list_recipes():
+        bits = " or ".join(f"{x:g}" for x in row.bits_per_element)
+        lines.append([f"`{row.name}`", bits, row.summary, row.source])
+    return markdown(["recipe", "bits", "what", "source"], lines).replace("---:", "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "recipes": recipes,
     "demo": lambda: generate("generate"),
     "prefill": lambda: generate("prefill"),
     "quality": quality,

@@ -5,7 +5,6 @@ A recipe has one text form, the same in Python, on the command line, in files an
 """
 
 import ast
-import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,11 +187,6 @@ def load(path: Path) -> Recipe:
 def as_recipe(recipe: "Recipe | str") -> Recipe:
     """A recipe as it is, or the one that a text names."""
     return recipe if isinstance(recipe, Recipe) else parse(recipe)
-
-
-def replace(recipe: Recipe, **changes: int) -> Recipe:
-    """A copy with other `num_sink_tokens`, `recent_tokens` or `page_size`."""
-    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
 
 
 def _choices() -> str:

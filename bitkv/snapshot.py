@@ -14,13 +14,18 @@ def state(layer: PagedLayer) -> dict[str, Tensor]:
     used = sorted({page for row in lists for page in row})
     number = {page: i for i, page in enumerate(used)}
     longest = int(layer.hot_len.max())
+    # what lies beyond a sequence's end is stale or was never written, and stays out of files
+    beyond = torch.arange(longest, device=layer.hot_k.device) >= layer.hot_len[:, None]
+    hot_k, hot_v = (
+        x[:, :, :longest].masked_fill(beyond[:, None, :, None], 0) for x in (layer.hot_k, layer.hot_v)
+    )
     return {
         "pages": layer.pool.data[used],
         "block_table": _table([[number[page] for page in row] for row in lists]),
         "packed_len": layer.packed_len,
         "hot_len": layer.hot_len,
-        "hot_k": layer.hot_k[:, :, :longest].contiguous(),
-        "hot_v": layer.hot_v[:, :, :longest].contiguous(),
+        "hot_k": hot_k,
+        "hot_v": hot_v,
     }
 
 

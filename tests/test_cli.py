@@ -14,6 +14,7 @@ from bitkv import benchmark, evaluation
 from bitkv.attention import BACKENDS
 from bitkv.cli import bench, build_parser, comparison, evaluate, generate, main, recipes
 from bitkv.cli.files import write_json
+from bitkv.recipe import PRESETS
 from bitkv.request import Run
 
 DOCUMENT = "".join(f"{i}: the key of room {i} is {i * i % 97}.\n" for i in range(20))
@@ -95,7 +96,7 @@ def test_recipes_table_and_json(capsys):
     rows = {row["name"]: row for row in json.loads(out)}
     assert rows["kivi2"]["bits_per_element"] == [3.0]
     assert rows["fp16"]["bits_per_element"] == [16.0]
-    assert rows["asymkv(16, 16)"]["key_bits"] == [2, 1]
+    assert rows["asymkv(16, 0)"]["bits_per_element"] == [2.5, 2.0]
 
 
 def test_generate_streams_text_and_reports_figures(capsys, saved_model, document, tmp_path):
@@ -216,13 +217,12 @@ SENTENCES = [
     ),
     (
         "generate MODEL --prompt x --recipe kivi3",
-        "recipe 'kivi3': no 'kivi3'; choose from fp16, int8, kivi4, kivi2, asymkv, best2, "
-        "best1 or write Recipe(key=..., value=...)",
+        "recipe 'kivi3': no 'kivi3'; choose from PRESETS or write Recipe(key=..., value=...)",
     ),
     (
         "generate MODEL --prompt x --recipe @bad.recipe",
-        "recipe 'kivi2 please' is not a recipe expression; choose from fp16, int8, kivi4, "
-        "kivi2, asymkv, best2, best1 or write Recipe(key=..., value=...)",
+        "recipe 'kivi2 please' is not a recipe expression; choose from PRESETS or write "
+        "Recipe(key=..., value=...)",
     ),
     (
         "generate MODEL --prompt x --recipe @none.recipe",
@@ -335,7 +335,7 @@ SENTENCES = [
 def test_bad_input_is_one_sentence(capsys, here, saved_model, line, sentence):
     argv = [str(saved_model) if word == "MODEL" else word for word in line.split()]
     code, out, err = run(capsys, *argv)
-    sentence = sentence.replace("BACKENDS", ", ".join(BACKENDS))
+    sentence = sentence.replace("BACKENDS", ", ".join(BACKENDS)).replace("PRESETS", ", ".join(PRESETS))
     assert (code, out) == (2, "")
     assert err.startswith(f"bitkv: {sentence}")
     assert err.count("\n") == 1

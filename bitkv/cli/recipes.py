@@ -3,7 +3,10 @@
 import argparse
 import json
 from dataclasses import asdict, dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from bitkv.recipe import Preset
 
 SUMMARY = "list the recipes that exist, with their bits and sources"
 DESCRIPTION = """The recipes that have a name. Bits per element are measured on a page at head_dim 128,
@@ -48,24 +51,24 @@ def run(args: argparse.Namespace) -> None:
 
 
 def list_recipes() -> list[Row]:
-    """Every preset, measured."""
+    """Every preset, measured; one that takes arguments by its example."""
     from bitkv.recipe import PRESETS
 
-    return [_measure(name) for name in PRESETS]
+    return [_measure(preset.example or name, preset) for name, preset in PRESETS.items()]
 
 
-def _measure(name: str) -> Row:
+def _measure(name: str, preset: "Preset") -> Row:
     import torch
 
     from bitkv.cache import PagedCache
-    from bitkv.recipe import PRESETS, parse
+    from bitkv.recipe import Split, parse
 
-    preset = PRESETS[name]
-    recipe = parse(preset.example or name)
-    layers = PagedCache(recipe, _MANY_LAYERS).layers
+    recipe = parse(name)
+    splits = [x.layer for x in (recipe.key, recipe.value) if isinstance(x, Split)]
+    layers = PagedCache(recipe, max(splits, default=0) + 1).layers
     formats = [layer.page_format(_HEAD_DIM, torch.float16) for layer in layers]
     return Row(
-        name=preset.example or name,
+        name=name,
         text=repr(recipe),
         key_bits=_distinct([f.key.bits for f in formats]),
         value_bits=_distinct([f.value.bits for f in formats]),
@@ -86,12 +89,13 @@ def _print(rows: list[Row]) -> None:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("recipe", "K bits", "V bits", "bits/element", "what, and source"):
-        table.add_column(heading, no_wrap=heading == "recipe")
+    for heading in ("recipe", "K/V bits", "bits/\nelement", "what, and source"):
+        table.add_column(heading, no_wrap=heading == "recipe", vertical="top")
     for row in rows:
-        bits = ([f"{x:g}" for x in xs] for xs in (row.key_bits, row.value_bits, row.bits_per_element))
+        codes = "/".join(", ".join(map(str, bits)) for bits in (row.key_bits, row.value_bits))
+        measured = ", ".join(f"{bits:.2f}" for bits in row.bits_per_element)
         what = Text.assemble(row.summary, "\n", (row.source, "dim"))
-        table.add_row(Text(row.name), *map(", ".join, bits), what)
+        table.add_row(Text(row.name), codes, measured, what)
     console = Console(highlight=False)
     console.print(table)
     for row in rows:

@@ -1,0 +1,13 @@
+"""bitkv inside Hugging Face Transformers (5.16 and later), without patching a model.
+
+`PackedLayer.update` keeps the new keys and values back and returns light handles; the attention function
+registered as "bitkv" recognises them, now knows the mask and so the padding, stores the real tokens and
+attends to the packed cache. A handle that any other operation touches becomes the whole cache in the
+model's dtype: slow but right. Layers that are not full attention keep the cache Transformers gives them.
+"""
+
+from bitkv.integrations.transformers.cache import PackedCache, fingerprint
+from bitkv.integrations.transformers.context import packed
+from bitkv.integrations.transformers.layer import Handle, PackedLayer
+
+__all__ = ["Handle", "PackedCache", "PackedLayer", "fingerprint", "packed"]

@@ -1,0 +1,153 @@
+"""The cache to pass as `past_key_values`: packed layers, and those that Transformers keeps."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+from transformers import PreTrainedConfig as Config
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from bitkv.cache import PagedCache
+from bitkv.integrations.transformers.attention import switch_attention
+from bitkv.integrations.transformers.layer import PackedLayer
+from bitkv.integrations.transformers.masks import MaskReader
+from bitkv.layer import PagedLayer
+from bitkv.recipe import Recipe
+
+_VOLATILE = ("transformers_version", "_name_or_path", "use_cache", "dtype", "attn_implementation")
+
+
+class PackedCache(Cache):  # type: ignore[misc]
+    """A Transformers cache that keeps full-attention layers packed; pass it as `past_key_values`.
+
+    Building one sets the model's attention to "bitkv" through its config. Other caches still work under
+    that setting: their layers go to SDPA as before.
+
+    Args:
+        config: `model.config`.
+        recipe: a `Recipe` or its text, such as "kivi2".
+        exact_prefill: the first forward attends to exact keys and values and packs them afterwards.
+            False: all attention reads the packed cache, as a quantized cache's perplexity needs.
+        backend: "auto" or a backend's name; see `bitkv.attend`.
+
+    Raises:
+        ValueError: the recipe is wrong or cannot serve this model.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recipe: Recipe | str,
+        *,
+        exact_prefill: bool = True,
+        backend: str = "auto",
+    ) -> None:
+        decoder = decoder_config(config)
+        stock = DynamicCache(config=decoder).layers
+        self.paged = PagedCache(recipe, len(stock))
+        self.fingerprint = fingerprint(config)
+        full = [type(layer) is DynamicLayer for layer in stock]
+        if not any(isinstance(layer, DynamicLayer) for layer in stock):
+            raise ValueError(f"{decoder.model_type} has no KV cache for bitkv to pack")
+        _check_head_dim(decoder, [self.paged.layers[i] for i, is_full in enumerate(full) if is_full])
+        switch_attention(decoder)
+        masks = MaskReader()
+
+        def packed(i: int) -> PackedLayer:
+            return PackedLayer(self.paged, i, masks, exact_prefill=exact_prefill, backend=backend)
+
+        super().__init__([packed(i) if full[i] else layer for i, layer in enumerate(stock)])
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.paged.recipe
+
+    @property
+    def nbytes(self) -> int:
+        """Allocated bytes of all layers, those Transformers keeps included."""
+        others = (x for layer in self._other_layers().values() for x in (layer.keys, layer.values))
+        return self.paged.nbytes + sum(int(x.nbytes) for x in others if x is not None)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Measured bits per element of the packed layers, hot window included."""
+        return self.paged.bits_per_element
+
+    def save(self, path: Path | str) -> None:
+        """Write the cache to a safetensors file, whole or not at all.
+
+        Raises:
+            ValueError: a layer of a kind that cannot be saved.
+        """
+        extra: dict[str, Tensor] = {}
+        for i, layer in enumerate(self.layers):
+            if isinstance(layer, PackedLayer):
+                layer._flush()
+                extra[f"{i}.length"] = torch.tensor(layer.length)
+                if layer.columns is not None:
+                    extra[f"{i}.columns"] = layer.columns
+            elif type(layer) is not DynamicSlidingWindowLayer:
+                raise ValueError(f"layer {i} is a {type(layer).__name__}, which bitkv cannot save")
+            elif layer.is_initialized:
+                extra[f"{i}.length"] = torch.tensor(layer.cumulative_length)
+                extra |= {f"{i}.keys": layer.keys, f"{i}.values": layer.values}
+        self.paged.save(path, model=self.fingerprint, extra=extra)
+
+    def load(self, path: Path | str, *, device: torch.device | str = "cpu") -> None:
+        """Become the cache in a file that `save` wrote.
+
+        Args:
+            device: where the model is.
+
+        Raises:
+            ValueError: the file is damaged, or of another model or recipe; nothing is changed.
+            FileNotFoundError: there is no such file.
+        """
+        extra = self.paged.load(path, model=self.fingerprint, device=device)
+        for i, layer in enumerate(self.layers):
+            length = int(extra.get(f"{i}.length", 0))
+            if isinstance(layer, PackedLayer):
+                layer.length, layer.columns = length, extra.get(f"{i}.columns")
+                layer._pending = layer._dense = None
+                layer.is_initialized = length > 0
+            elif length:
+                layer.lazy_initialization(extra[f"{i}.keys"], extra[f"{i}.values"])
+                layer.keys, layer.values = extra[f"{i}.keys"], extra[f"{i}.values"]
+                layer.cumulative_length = length
+
+    def _other_layers(self) -> dict[int, Any]:
+        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)}
+
+
+def fingerprint(config: Config) -> str:
+    """A digest of everything in a config that decides what a cache means."""
+    fields = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def decoder_config(config: Config) -> Config:
+    """The text decoder's config, if it is one that bitkv can serve."""
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{config.model_type} is an encoder-decoder model; bitkv serves decoder-only models"
+        )
+    decoder = config.get_text_config(decoder=True)
+    if getattr(decoder, "kv_lora_rank", None):
+        raise ValueError(
+            f"{decoder.model_type} uses multi-head latent attention (MLA), whose cache is already "
+            "compressed; bitkv serves models with keys and values per head"
+        )
+    return decoder
+
+
+def _check_head_dim(decoder: Config, layers: list[PagedLayer]) -> None:
+    """Refuse a recipe that cannot pack this model's heads now, not at the first token."""
+    heads = getattr(decoder, "num_attention_heads", None)
+    head_dim = getattr(decoder, "head_dim", None) or (heads and decoder.hidden_size // heads)
+    if head_dim:
+        for layer in layers:
+            layer.page_format(int(head_dim), torch.float16)

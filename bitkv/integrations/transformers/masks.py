@@ -1,0 +1,70 @@
+"""What an attention mask says about a cache: which columns of a padded batch are real tokens."""
+
+import weakref
+
+import torch
+from torch import Tensor
+
+_ROWS_AT_ONCE = 256
+
+
+class MaskReader:
+    """Reads each mask once, not once a layer: all layers of a model get the same tensor."""
+
+    def __init__(self) -> None:
+        self._mask: weakref.ref[Tensor] | None = None
+        self._length = 0
+        self._real: Tensor | None = None
+
+    def real_columns(
+        self, mask: Tensor | None, columns: Tensor | None, length: int, new: int, batch: int
+    ) -> Tensor | None:
+        """Which of the `new` columns are real tokens, bool `[B, new]`; None if all ever were.
+
+        Args:
+            mask: bool (true: attend) or additive, `[B, 1, new, length]`; None is causal.
+            columns: bool `[B, length - new]`, the earlier columns; None if all are real.
+
+        Raises:
+            ValueError: a mask that is not causal with padding, or contradicts `columns`.
+        """
+        if mask is None:
+            if columns is None:
+                return None
+            return torch.ones(batch, new, dtype=torch.bool, device=columns.device)
+        if self._mask is None or self._mask() is not mask or self._length != length:
+            self._real = _read(mask, columns, length, new, batch)
+            self._mask, self._length = weakref.ref(mask), length
+        return self._real
+
+
+def _read(mask: Tensor, columns: Tensor | None, length: int, new: int, batch: int) -> Tensor | None:
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    allowed = allowed.expand(batch, 1, new, -1)[:, 0]
+    # the newest query sees every real column, so what it does not see is padding
+    visible = allowed[:, -1]
+    if not _is_causal(allowed, visible, columns, length):
+        raise ValueError(
+            "bitkv attends causally with padding only, and this attention mask asks for something "
+            "else; pass a 2D padding mask that keeps earlier columns as they were"
+        )
+    real = visible[:, -new:]
+    return None if columns is None and bool(real.all()) else real
+
+
+def _is_causal(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
+    new = allowed.shape[1]
+    if allowed.shape[2] != length:
+        return False
+    old = visible[:, : length - new]
+    if not torch.equal(old, torch.ones_like(old) if columns is None else columns):
+        return False
+    column = torch.arange(length, device=visible.device)
+    for start in range(0, new, _ROWS_AT_ONCE):
+        rows = allowed[:, start : start + _ROWS_AT_ONCE]
+        own = column[length - new + start :][: rows.shape[1]]
+        expected = visible[:, None] & (column <= own[:, None])
+        # rows of padding queries may hold anything
+        if not bool(((rows == expected) | ~visible[:, own, None]).all()):
+            return False
+    return True
