@@ -47,7 +47,7 @@ def print_table(label: str, request: Request, stock: Run, packed: Run) -> None:
     sampled = f"temperature {request.temperature:g}" if request.temperature else "greedy"
     title = (
         f"{stock.prompt_tokens:,} prompt tokens, {request.max_new_tokens} new ({sampled}), "
-        f"{stock.device}, {stock.threads} threads, {packed.backend} backend"
+        f"{stock.device}, {stock.threads} thread{'s' * (stock.threads > 1)}, {packed.backend} backend"
     )
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
@@ -60,7 +60,8 @@ def print_table(label: str, request: Request, stock: Run, packed: Run) -> None:
     console.print(table)
     for name, run in ((stock_label, stock), (label, packed)):
         console.print(Text(name, style="bold"))
-        console.print(Padding(Text(run.text.strip("\n")), (0, 0, 1, 2)))
+        shown = run.text.strip("\n") if run.text.strip() else f"({len(run.token_ids)} tokens of blanks)"
+        console.print(Padding(Text(shown), (0, 0, 1, 2)))
     console.print(Text(_NOTE, style="dim"))
 
 

@@ -2,8 +2,8 @@
 
 Keys per channel over a group of tokens, values per token over a group of channels (KIVI, arXiv
 2402.02750, section 3). `levels="minmax"` puts the outermost levels on a group's extremes, as both papers
-do. `levels="mse"` searches the range and refits it to the codes by least squares, which at 1 bit
-tends to the two conditional means: the same bytes with far less error, since a 1-bit min-max code stores little
+do. `levels="mse"` searches the range and refits it to the codes by least squares, which at 1 bit tends to
+the two conditional means: the same bytes with far less error, since a 1-bit min-max code stores little
 but the outliers. Levels are float16: values beyond ±65504 saturate.
 """
 
