@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import publish
-from bitkv import Affine, checkpoint
+from bitkv import Affine
 from bitkv.cli import main as bitkv
+from bitkv.generation import checkpoint
 
 RESULTS = Path(__file__).parent / "results"
 ASSETS = Path(__file__).parents[1] / "bitkv" / "assets"

@@ -146,7 +146,8 @@ class PagedLayer:
     def _pack_oldest(self, b: int, length: int, num_pages: int) -> None:
         start = self.num_sink_tokens
         stop = start + num_pages * self.page_size
-        table = []
+        table: list[int] = []
+        self.pool.make_room(num_pages)
         for i in range(0, num_pages, _PAGES_AT_ONCE):
             span = slice(start + i * self.page_size, stop)
             tokens = min(_PAGES_AT_ONCE, num_pages - i) * self.page_size

@@ -1,14 +1,16 @@
-"""A pool of equal pages with reference counts, growing by doubling."""
+"""A pool of equal pages with reference counts."""
 
 import torch
 from torch import Tensor
+
+_SLACK = 4  # grows by a quarter: doubling would leave half of a long prompt's memory unused
 
 
 class PagePool:
     """Pages of one layer: uint8 `[num_pages, Hkv, page_bytes]`.
 
-    A page is written once and never changed, so sequences that share a prefix share its pages; growth
-    copies bytes as they are.
+    A page is written once and never changed, so sequences that share a prefix share its pages. The pool
+    grows geometrically and copies bytes as they are.
     """
 
     def __init__(self, num_heads: int, page_bytes: int, device: torch.device) -> None:
@@ -32,14 +34,18 @@ class PagePool:
 
     def store(self, pages: Tensor) -> list[int]:
         """Copy `[n, Hkv, page_bytes]` into free pages, each with one reference; their indices."""
-        missing = len(pages) - len(self._free)
-        if missing > 0:
-            self.reserve(max(len(self._references) + missing, 2 * len(self._references)))
+        self.make_room(len(pages))
         indices = [self._free.pop() for _ in range(len(pages))]
         for index in indices:
             self._references[index] = 1
         self.data[torch.tensor(indices, device=self.data.device)] = pages
         return indices
+
+    def make_room(self, num_pages: int) -> None:
+        """Have this many free pages: exactly so for a first prompt, with slack after that."""
+        missing, total = num_pages - len(self._free), len(self._references)
+        if missing > 0:
+            self.reserve(total + max(missing, total // _SLACK))
 
     def reserve(self, num_pages: int) -> None:
         """Make room for `num_pages` in all; never shrinks."""

@@ -14,8 +14,8 @@ from bitkv import benchmark, evaluation
 from bitkv.attention import BACKENDS
 from bitkv.cli import bench, build_parser, comparison, evaluate, generate, main, recipes
 from bitkv.cli.files import write_json
+from bitkv.generation.request import Run
 from bitkv.recipe import PRESETS
-from bitkv.request import Run
 
 DOCUMENT = "".join(f"{i}: the key of room {i} is {i * i % 97}.\n" for i in range(20))
 COMMANDS = ("generate", "recipes", "bench", "eval")

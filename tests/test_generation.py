@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from bitkv.checkpoint import locate
-from bitkv.fresh_process import RETURN_FREED_MEMORY, generate_alone
-from bitkv.generation import generate
-from bitkv.request import Request
+from bitkv.generation.checkpoint import locate
+from bitkv.generation.measured import generate
+from bitkv.generation.process import RETURN_FREED_MEMORY, generate_alone
+from bitkv.generation.request import Request
 
 DOCUMENT = "".join(f"{i}: the key of room {i} is {i * i % 97}.\n" for i in range(20))
 MB = 1 << 20
 PEAKS = """
 import torch
-from bitkv.peak_memory import peak_memory
+from bitkv.generation.peak_memory import peak_memory
 peak = peak_memory(torch.device("cpu"))
 peak.reset()
 start = peak.read()

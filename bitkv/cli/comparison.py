@@ -1,7 +1,7 @@
 """The packed cache beside the stock one: two runs, each in its own process, and one table."""
 
-from bitkv.fresh_process import generate_alone
-from bitkv.request import Request, Run
+from bitkv.generation.process import generate_alone
+from bitkv.generation.request import Request, Run
 
 LONGEST_LABEL = 20
 _SHOWN = 60

@@ -6,7 +6,7 @@ from pathlib import Path
 from bitkv.cli import arguments
 from bitkv.cli.files import check_writable
 from bitkv.cli.progress import progress_display
-from bitkv.request import DTYPES
+from bitkv.generation.request import DTYPES
 
 SUMMARY = "measure what recipes cost in quality"
 DESCRIPTION = """Measure held-out perplexity with a quantized prefill, agreement with the stock cache,
@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
 
     from rich.console import Console
 
-    from bitkv import checkpoint, evaluation
+    from bitkv import evaluation
+    from bitkv.generation import checkpoint
 
     checkpoint.quiet_transformers()
     name = checkpoint.locate(args.model)
@@ -97,6 +98,7 @@ def run(args: argparse.Namespace) -> None:
             samples=args.samples,
             lengths=args.length,
             seed=args.seed,
+            name=None if args.model else "bundled",
             progress=progress,
         )
     console = Console()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bitkv.cli import arguments, comparison
 from bitkv.cli.files import check_writable, write_json
-from bitkv.request import DTYPES, Request, Run
+from bitkv.generation.request import DTYPES, Request, Run
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -132,8 +132,8 @@ def _prompt(args: argparse.Namespace) -> str:
 def _stream(request: Request) -> Run:
     from rich.console import Console
 
-    from bitkv.checkpoint import quiet_transformers
-    from bitkv.generation import generate
+    from bitkv.generation.checkpoint import quiet_transformers
+    from bitkv.generation.measured import generate
 
     def write(text: str) -> None:
         status.stop()

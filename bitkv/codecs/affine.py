@@ -1,10 +1,17 @@
 """Affine quantization with a scale and a zero point per group: KIVI's and AsymKV's quantizer.
 
 Keys per channel over a group of tokens, values per token over a group of channels (KIVI, arXiv
-2402.02750, section 3). `levels="minmax"` puts the outermost levels on a group's extremes, as both papers
-do. `levels="mse"` searches the range and refits it to the codes by least squares, which at 1 bit tends to
-the two conditional means: the same bytes with far less error, since a 1-bit min-max code stores little
-but the outliers. Levels are float16: values beyond ±65504 saturate.
+2402.02750, section 3). What a group's levels are:
+
+* "minmax": the outermost ones lie on the group's extremes, as in both papers. At 1 bit that stores little
+  but the outliers.
+* "mse": a searched range, refitted to the codes by least squares, which at 1 bit tends to the two
+  conditional means: the same bytes with far less error.
+* "unbiased": the same codes, stretched around the mean until x regresses on its quantized self with
+  slope one. Codes of least error shrink: an inner product with them is too small by the share of the
+  variance they lose, which flattens the softmax. This takes that back for a little more error.
+
+Levels are float16: values beyond ±65504 saturate.
 """
 
 from dataclasses import dataclass
@@ -16,11 +23,12 @@ from torch import Tensor
 from bitkv.codecs.base import Codec
 from bitkv.pages import CODE_BITS, Granularity, PartFormat, QuantizedTensor
 
-Levels = Literal["minmax", "mse"]
+Levels = Literal["minmax", "mse", "unbiased"]
 
 _SCALE_LIMITS = (2.0**-24, 65504.0)  # the smallest and the largest float16
 _CLIPS = {1: (1.0,), 2: (0.9, 0.7, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}
 _REFITS = 3
+_LARGEST_GAIN = 3.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class Affine(Codec):
         bits: 1, 2, 4 or 8.
         granularity: "channel" (groups of tokens; keys only) or "token" (groups of channels).
         group_size: 32, 64, 128, or "page" for one group over the page's tokens or the head's channels.
-        levels: "minmax", or "mse" for a searched range.
+        levels: "minmax", "mse" or "unbiased"; see above.
     """
 
     bits: int
@@ -44,7 +52,7 @@ class Affine(Codec):
             ("bits", CODE_BITS),
             ("granularity", ("channel", "token")),
             ("group_size", (32, 64, 128, "page")),
-            ("levels", ("minmax", "mse")),
+            ("levels", ("minmax", "mse", "unbiased")),
         ):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, (bool, float)):
@@ -76,9 +84,10 @@ class Affine(Codec):
                 f"pass a group_size that divides {x.shape[axis]}"
             )
         groups = torch.unflatten(x.float(), axis, (-1, group_size)).movedim(axis, -1)
-        fit = _fit_minmax if self.levels == "minmax" else _fit_mse
-        scale, zero_point = fit(groups, self.bits)
+        scale, zero_point = _FITS[self.levels](groups, self.bits)
         codes = _assign(groups, scale, zero_point, self.bits).to(torch.uint8)
+        if self.levels == "unbiased":
+            scale, zero_point = _stretch(groups, codes.float(), scale, zero_point)
         codes = codes.movedim(-1, axis).flatten(axis - 1, axis)
         scale, zero_point = scale.squeeze(-1), zero_point.squeeze(-1)
         return QuantizedTensor(codes, scale.half(), zero_point.half(), self.granularity)
@@ -136,6 +145,19 @@ def _refit(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Ten
     return scale, mean_x - scale * mean_code
 
 
+def _stretch(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels stretched around the group's mean by var(x) / cov(x, x̂); codes stay as they are."""
+    mean = x.mean(-1, keepdim=True)
+    deviation = x - mean
+    covariance = (deviation * codes).sum(-1, keepdim=True) * scale
+    gain = deviation.square().sum(-1, keepdim=True) / covariance.clamp(min=1e-12)
+    gain = torch.where(covariance > 1e-12, gain, 1.0).clamp(1, _LARGEST_GAIN)
+    return _round_to_half(scale * gain, mean + (zero_point - mean) * gain)
+
+
 def _squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     codes = _assign(x, scale, zero_point, bits)
     return torch.addcmul(zero_point - x, codes, scale).square_().sum(-1, keepdim=True)
+
+
+_FITS = {"minmax": _fit_minmax, "mse": _fit_mse, "unbiased": _fit_mse}

@@ -17,7 +17,7 @@ class Request:
         prefill_chunk: read the prompt in chunks of so many tokens.
         load_cache, save_cache: files of a packed cache: what to continue from, and where to keep the
             cache as it is once the prompt is read.
-        measure_memory: run once more before, for peak memory; see `bitkv.peak_memory`.
+        measure_memory: run once more before, for peak memory; see `bitkv.generation.peak_memory`.
     """
 
     prompt: str

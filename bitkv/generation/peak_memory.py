@@ -1,7 +1,7 @@
 """The peak memory of a stretch of a program: of this process, or of a CUDA device.
 
 On Linux the kernel keeps the high-water mark of resident memory and can be told to start anew; elsewhere
-a thread samples. The marks are as honest as the allocator, hence `fresh_process.RETURN_FREED_MEMORY`.
+a thread samples. The marks are as honest as the allocator, hence `process.RETURN_FREED_MEMORY`.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def peak_memory(device: torch.device) -> PeakMemory:
 def keep_freed_memory() -> None:
     """Give glibc the thresholds that it grows to by itself in a program with large blocks.
 
-    A process started with `fresh_process.RETURN_FREED_MEMORY` calls it before it takes times: to map and
+    A process started with `process.RETURN_FREED_MEMORY` calls it before it takes times: to map and
     unmap each block costs time that no ordinary program spends.
     """
     libc = ctypes.CDLL(None)

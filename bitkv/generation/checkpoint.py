@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from bitkv.request import DTYPES
+from bitkv.generation.request import DTYPES
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 
 
 def locate(model: str | None) -> str:
@@ -73,7 +73,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
     """The model in evaluation mode, with SDPA attention.
 
     Args:
-        dtype: one of `bitkv.request.DTYPES`; "auto" is the checkpoint's own.
+        dtype: one of `bitkv.generation.request.DTYPES`; "auto" is the checkpoint's own.
         device: "auto" (a GPU if there is one) or what `torch.device` takes.
 
     Raises:

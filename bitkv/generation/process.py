@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable
 from typing import TextIO
 
-from bitkv.request import Request, Run
+from bitkv.generation.request import Request, Run
 
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """Environment in which glibc maps each block of 64 KiB and more by itself and unmaps it when freed.
@@ -85,8 +85,8 @@ def _why(child: "subprocess.Popen[str]", errors: TextIO) -> str:
 def main() -> int:
     """Serve one request from standard input."""
     # the asking process imports this module too and needs no torch
-    from bitkv.checkpoint import quiet_transformers
-    from bitkv.generation import generate
+    from bitkv.generation.checkpoint import quiet_transformers
+    from bitkv.generation.measured import generate
 
     def send(**message: object) -> None:
         print(json.dumps(message), flush=True)

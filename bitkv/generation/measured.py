@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 
-from bitkv import checkpoint
 from bitkv.attention import last_backend
+from bitkv.generation import checkpoint
+from bitkv.generation.peak_memory import keep_freed_memory, peak_memory
+from bitkv.generation.request import Request, Run
 from bitkv.integrations.transformers import PackedCache
-from bitkv.peak_memory import keep_freed_memory, peak_memory
-from bitkv.request import Request, Run
 
 _WARM_UP_TOKENS = 320  # enough for every preset to pack a page
 
