@@ -16,7 +16,7 @@ from bitkv.recipe import parse
 AFFINE = [
     Affine(bits, granularity, group_size, levels)
     for bits, granularity, group_size, levels in itertools.product(
-        (1, 2, 4, 8), ("channel", "token"), (32, "page"), ("minmax", "mse")
+        (1, 2, 4, 8), ("channel", "token"), (32, "page"), ("minmax", "mse", "unbiased")
     )
 ]
 ALL = [*AFFINE, Unquantized()]
@@ -215,6 +215,20 @@ def test_one_bit_mse_levels_are_conditional_means_of_gaussian_data_within_one_pe
     assert (zero_point + scale - mean_high).abs().mean() < 0.01
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("granularity", ["channel", "token"])
+def test_unbiased_levels_do_not_shrink_inner_products(bits, granularity):
+    """The slope of x̂ on x is the factor by which a random query's score comes out too small."""
+    x = torch.randn(8, 128, 128)
+
+    def slope(levels):
+        codec = Affine(bits, granularity, 32, levels)
+        return ((codec.dequantize(codec.quantize(x)) * x).sum() / x.square().sum()).item()
+
+    assert slope("unbiased") == pytest.approx(1, abs=2**-9)
+    assert slope("mse") == pytest.approx(1 - nmse(Affine(bits, granularity, 32, "mse"), x), abs=0.01)
+
+
 @pytest.mark.parametrize("codec", AFFINE, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("size", [6e4, 1e6, 1e30, 1e-7, 1e-30])
@@ -239,7 +253,7 @@ def test_values_of_any_size_stay_finite(codec, dtype, size):
         ((2.0, "channel"), "Affine: bits 2.0 is not one of 1, 2, 4, 8"),
         ((2, "row"), "Affine: granularity 'row' is not one of 'channel', 'token'"),
         ((2, "token", 48), "Affine: group_size 48 is not one of 32, 64, 128, 'page'"),
-        ((2, "token", 32, "best"), "Affine: levels 'best' is not one of 'minmax', 'mse'"),
+        ((2, "token", 32, "best"), "Affine: levels 'best' is not one of 'minmax', 'mse', 'unbiased'"),
     ],
 )
 def test_arguments_outside_the_tables_are_refused_with_a_sentence(arguments, sentence):

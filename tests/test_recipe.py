@@ -24,7 +24,7 @@ def affine(*granularities: str) -> st.SearchStrategy:
         bits=st.sampled_from([1, 2, 4, 8]),
         granularity=st.sampled_from(granularities),
         group_size=st.sampled_from([32, 64, 128, "page"]),
-        levels=st.sampled_from(["minmax", "mse"]),
+        levels=st.sampled_from(["minmax", "mse", "unbiased"]),
     )
 
 

@@ -3,8 +3,8 @@
 Keys per channel over a group of tokens, values per token over a group of channels (KIVI, arXiv
 2402.02750, section 3). What a group's levels are:
 
-* "minmax": the outermost ones lie on the group's extremes, as in both papers. At 1 bit that stores little
-  but the outliers.
+* "minmax": the outermost ones lie on the group's extremes, as in both papers. At 1 bit that stores
+  little but the outliers.
 * "mse": a searched range, refitted to the codes by least squares, which at 1 bit tends to the two
   conditional means: the same bytes with far less error.
 * "unbiased": the same codes, stretched around the mean until x regresses on its quantized self with
@@ -83,7 +83,10 @@ class Affine(Codec):
                 f"{name} {x.shape[axis]} is not a multiple of group_size {group_size}; "
                 f"pass a group_size that divides {x.shape[axis]}"
             )
-        groups = torch.unflatten(x.float(), axis, (-1, group_size)).movedim(axis, -1)
+        limit = _SCALE_LIMITS[1]
+        groups = torch.unflatten(x.float().clamp(-limit, limit), axis, (-1, group_size)).movedim(
+            axis, -1
+        )
         scale, zero_point = _FITS[self.levels](groups, self.bits)
         codes = _assign(groups, scale, zero_point, self.bits).to(torch.uint8)
         if self.levels == "unbiased":
