@@ -19,7 +19,7 @@ def main() -> None:
         document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
     from benchmarks import pictures
 
-    pictures.quality(rows("quality"), ROOT / "docs" / "quality.png")
+    pictures.quality([*rows("quality"), *rows("recall")], ROOT / "docs" / "quality.png")
     pictures.attention(ROOT / "docs" / "attention.png")
 
 
@@ -72,7 +72,7 @@ def generate(name: str) -> str:
 
 def by_task(task: str, context: int | None = None) -> dict[str, dict[str, Any]]:
     """The rows of a task by recipe, at one context where there are several."""
-    found = (row for row in rows("quality") if row["task"] == task)
+    found = (row for row in (*rows("quality"), *rows("recall")) if row["task"] == task)
     return {row["recipe"]: row for row in found if context in (None, row["context"])}
 
 

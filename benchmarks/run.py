@@ -38,7 +38,12 @@ _NAMED = [word for recipe in RECIPES for word in ("--recipe", recipe)]
 COMMANDS: dict[str, list[str]] = {
     "generate": ["generate", "--demo", "--compare"],
     "prefill": ["generate", "--compare", "--file"],
-    "quality": ["eval", *_NAMED, "--tokens", "16384", "--samples", "200"],
+    # in float32 the stock cache has no rounding of its own to be mistaken for a recipe's
+    "quality": [
+        *("eval", *_NAMED, "--dtype", "float32", "--tokens", "16384"),
+        *("--task", "perplexity", "agreement", "fidelity"),
+    ],
+    "recall": ["eval", *_NAMED, "--task", "needle", "--samples", "100"],
     "attention": ["bench", "--full", "--context", "1024", "4096", "16384", "65536"],
 }
 PREFILL_TOKENS = 8000

@@ -1,5 +1,7 @@
 """The page pool: doubling growth, pages in ascending order, reference counts."""
 
+import itertools
+
 import torch
 
 from bitkv.pool import PagePool
@@ -26,15 +28,24 @@ def test_stored_pages_read_back_and_have_one_reference_each():
     assert pool.num_used == 3
 
 
-def test_growth_doubles_and_keeps_every_byte():
-    pool, written = PagePool(2, 24, CPU), pages(100)
-    sizes = set()
+def test_a_first_prompt_gets_exactly_its_pages():
+    pool = PagePool(2, 24, CPU)
+    pool.make_room(54)
+    for part in pages(54).split(16):
+        pool.store(part)
+    assert len(pool.data) == pool.num_used == 54
+
+
+def test_growth_is_geometric_and_keeps_every_byte():
+    pool, written = PagePool(2, 24, CPU), pages(200)
+    sizes = []
     for page in written:
         pool.store(page[None])
-        sizes.add(len(pool.data))
-    assert sizes == {1, 2, 4, 8, 16, 32, 64, 128}
-    assert torch.equal(pool.data[:100], written)
-    assert pool.nbytes == 128 * 2 * 24
+        sizes.append(len(pool.data))
+    assert torch.equal(pool.data[:200], written)
+    assert all(size <= max(n + 1, n * 1.25) for n, size in enumerate(sizes, start=1))
+    copied = sum(old for old, new in itertools.pairwise(sizes) if old != new)
+    assert copied < 6 * 200, "growth copies a bounded number of pages for each one stored"
 
 
 def test_reserve_makes_room_once_and_never_shrinks():

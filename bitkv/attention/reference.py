@@ -13,7 +13,7 @@ from bitkv.attention.base import AttentionRequest, Backend
 from bitkv.view import CacheView
 
 _TOKENS_PER_TILE = 1024
-_QUERIES_PER_TILE = 256
+_QUERIES_PER_TILE = 128
 
 
 def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
