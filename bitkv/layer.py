@@ -122,6 +122,7 @@ class PagedLayer:
         self._check(k, v, real)
         if self.is_empty:
             self.allocate(k)
+        k, v = k.detach(), v.detach()
         old = self.hot_len.tolist()
         counts = [k.shape[2]] * len(old) if real is None else real.sum(1).tolist()
         needed = max((a + b for a, b in zip(old, counts, strict=True)), default=0)

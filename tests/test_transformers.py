@@ -324,6 +324,31 @@ def test_a_handle_that_other_code_touches_becomes_the_real_tensor():
                 torch.testing.assert_close(handle * 1, tensor)
 
 
+def test_a_dynamic_cache_made_packed_still_yields_its_tensors():
+    model, prompt = build(), padded_prompt()
+    expected = model(prompt.ids, attention_mask=prompt.mask).past_key_values
+    with packed(model, "fp16"):
+        cache = model.generate(
+            prompt.ids, attention_mask=prompt.mask, max_new_tokens=1, return_dict_in_generate=True
+        ).past_key_values
+    assert type(cache) is DynamicCache
+    assert cache.get_seq_length() == expected.get_seq_length()
+    for (keys, values, _), layer in zip(cache, cache.layers, strict=True):
+        real = layer.columns[:, None, :, None].float()
+        assert keys.shape == values.shape == expected.layers[0].keys.shape
+        assert torch.equal(keys, keys * real), "padding is not stored"
+        assert keys[layer.columns[:, None].expand(-1, 2, -1)].abs().min() > 0
+
+
+def test_training_through_a_packed_cache_keeps_no_graph_in_it():
+    model = build().train()
+    with packed(model, "kivi2"):
+        out = model(torch.randint(2, 128, (1, 300)), labels=torch.randint(2, 128, (1, 300)))
+    out.loss.backward()
+    assert model.model.layers[0].self_attn.k_proj.weight.grad.abs().max() > 0
+    assert not out.past_key_values.layers[0].paged.hot_k.requires_grad
+
+
 def test_eager_models_get_the_right_answer_through_materialised_handles():
     model, prompt = build(), padded_prompt()
     model.set_attn_implementation("eager")

@@ -167,6 +167,24 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.columns = self.columns.index_select(0, indices.to(self.columns.device))
         self._dense = None
 
+    # CacheLayerMixin has tensors by these names, which other code may read: slow but right
+
+    @property
+    def keys(self) -> Tensor | None:
+        """All keys `[B, Hkv, T, D]` in the model's dtype; None while there are none."""
+        return self.dense()[0] if self.length else None
+
+    @keys.setter
+    def keys(self, _: None) -> None: ...
+
+    @property
+    def values(self) -> Tensor | None:
+        """All values, as `keys`."""
+        return self.dense()[1] if self.length else None
+
+    @values.setter
+    def values(self, _: None) -> None: ...
+
     # --- storing and attending -----------------------------------------------------------------
 
     def attend(
