@@ -154,7 +154,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._gather(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._gather(indices)
+        self._gather(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._flush()
