@@ -69,4 +69,5 @@ def _scatter(axes: Any, rows: list[dict[str, Any]], field: str) -> None:
 
 
 def _kind(row: dict[str, Any]) -> str:
-    return "searched levels" if "'mse'" in row["definition"] else "min–max levels"
+    searched = "'mse'" in row["definition"] or "'unbiased'" in row["definition"]
+    return "searched levels" if searched else "min–max levels"

@@ -86,7 +86,7 @@ def quality() -> str:
         lines.append(
             [
                 f"`{name}`",
-                f"{loss[name]['packed_bits_per_element'] or loss[name]['bits_per_element']:.2f}",
+                f"{far[name]['packed_bits_per_element'] or far[name]['bits_per_element']:.2f}",
                 f"{far[name]['bits_per_element']:.2f}",
                 f"{loss[name]['delta_nats']:+.4f}",
                 f"{kl['kl_mean']:.5f}" if kl else "–",
