@@ -55,6 +55,19 @@ def random_value(rng: random.Random) -> str:
     return "".join(rng.choice("0123456789") for _ in range(VALUE_DIGITS))
 
 
+def random_values(rng: random.Random, count: int, distinct_starts: bool = True) -> list[str]:
+    """``count`` random values; with ``distinct_starts`` no two (of up to ten) begin alike.
+
+    Values that begin alike are much harder for a small model: after the first digit it may go on
+    with the wrong one.
+    """
+    values = [random_value(rng) for _ in range(count)]
+    if distinct_starts and count <= 10:
+        firsts = rng.sample("0123456789", count)
+        values = [first + value[1:] for first, value in zip(firsts, values, strict=True)]
+    return values
+
+
 def needle_question(key: str) -> str:
     """The text whose continuation is the code of ``key``."""
     return f"The access code of {key} is"
@@ -144,10 +157,11 @@ def needle(
     num_keys: int,
     target_tokens: int,
     count_tokens: CountTokens,
+    distinct_starts: bool = True,
 ) -> Sample:
     """``num_keys`` coded sentences spread through ``filler``; one of them is asked at the end."""
     keys = rng.sample(KEYS, num_keys)
-    values = [random_value(rng) for _ in keys]
+    values = random_values(rng, num_keys, distinct_starts)
     facts = [needle_sentence(key, value) for key, value in zip(keys, values, strict=True)]
     asked = rng.randrange(num_keys)
     question = needle_question(keys[asked])
@@ -161,10 +175,11 @@ def key_value_recall(
     num_keys: int,
     target_tokens: int,
     count_tokens: CountTokens,
+    distinct_starts: bool = True,
 ) -> Sample:
     """A table of ``num_keys`` pairs, then ``filler``, then one key to look up."""
     keys = rng.sample(KEYS, num_keys)
-    values = [random_value(rng) for _ in keys]
+    values = random_values(rng, num_keys, distinct_starts)
     asked = rng.randrange(num_keys)
     table = "".join(pair_line(k, v) + "\n" for k, v in zip(keys, values, strict=True))
     question = pair_question(keys[asked])
@@ -185,8 +200,8 @@ def variable_tracking(
     names = iter(rng.sample(KEYS, chains * (hops + 1)))
     queues: list[list[str]] = []
     ends: list[tuple[str, str]] = []
-    for _ in range(chains):
-        value, name = random_value(rng), next(names)
+    for value in random_values(rng, chains):
+        name = next(names)
         queue = [assignment(name, value)]
         for _ in range(hops):
             previous, name = name, next(names)

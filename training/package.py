@@ -1,0 +1,106 @@
+"""Turn a checkpoint into the bundled assets: bf16 weights, tokenizer, held-out text, demo."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3ForCausalLM
+
+from bitkv.evaluation import tasks
+from training.data import Document, load_corpus
+from training.train import LENGTHS
+
+HELD_OUT_CHARS = 320_000
+DOCUMENT_TOKENS = 7_200
+#: Topics of the demo document, in reading order; all are held out by the split rule.
+DOCUMENT_TOPICS = ("execmodel", "try", "assignment", "integers", "break")
+PLANTED = ("aurora", "harbor", "falcon", "willow", "comet", "saffron")
+ASKED = "aurora"
+
+
+def held_out_text(held_out: list[Document]) -> str:
+    """Held-out prose first, then whole source files in a fixed random order up to the limit."""
+    prose = [d.text for d in held_out if d.kind == "topic"]
+    prose += [d.text for d in held_out if d.kind == "docstrings"]
+    source = [d.text for d in held_out if d.kind == "source" and len(d.text) < 60_000]
+    random.Random(0).shuffle(source)
+    text = "\n".join(prose)[: HELD_OUT_CHARS * 3 // 5]
+    for part in source:
+        if len(text) + len(part) < HELD_OUT_CHARS:
+            text += "\n" + part
+    return text
+
+
+def demo_document(held_out: list[Document], count_tokens: Callable[[str], int]) -> str:
+    """Held-out prose with one planted fact in every stretch of it."""
+    by_name = {d.name: d.text for d in held_out if d.kind == "topic"}
+    names = [*DOCUMENT_TOPICS, *sorted(set(by_name) - set(DOCUMENT_TOPICS))]
+    paragraphs: list[str] = []
+    used = 0
+    for paragraph in "\n\n".join(by_name[n].strip() for n in names if n in by_name).split("\n\n"):
+        cost = count_tokens(paragraph + "\n\n")
+        if used + cost > DOCUMENT_TOKENS - 20 * len(PLANTED):
+            break
+        paragraphs.append(paragraph)
+        used += cost
+    rng = random.Random(7)
+    for index, key in reversed(list(enumerate(PLANTED))):
+        # The asked fact comes first, in the first tenth: far from the question.
+        place = int(len(paragraphs) * (index + 0.5) / len(PLANTED))
+        paragraphs.insert(place, tasks.needle_sentence(key, tasks.random_value(rng)))
+    return "\n\n".join(paragraphs) + "\n\n"
+
+
+def main() -> None:
+    """Write the assets folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("bitkv/assets"))
+    args = parser.parse_args()
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
+    model = Qwen3ForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        max_new_tokens=64,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(args.out, safe_serialization=True)
+    tokenizer.save_pretrained(args.out)
+
+    saved = json.loads((args.checkpoint / "progress.json").read_text(encoding="utf-8"))
+    made = {
+        "python": platform.python_version(),
+        "parameters": model.num_parameters(),
+        "tokens": saved["tokens"],
+        "steps": saved["step"],
+        "seconds": round(saved["seconds"]),
+        "longest_rows": LENGTHS[min(saved["level"], len(LENGTHS) - 1)],
+        "config": model.config.to_dict(),
+    }
+    (args.out / "training.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+
+    def count_tokens(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    _, held_out = load_corpus()
+    document = demo_document(held_out, count_tokens)
+    question = tasks.needle_question(ASKED)
+    (args.out / "heldout.txt").write_text(held_out_text(held_out), encoding="utf-8")
+    (args.out / "document.txt").write_text(document, encoding="utf-8")
+    (args.out / "question.txt").write_text(question, encoding="utf-8")
+    print(f"document: {len(document)} characters, {count_tokens(document + question)} tokens")
+
+
+if __name__ == "__main__":
+    main()
