@@ -107,8 +107,10 @@ def _share(row: dict[str, Any]) -> str:
 LEVELS = {
     (2, "minmax"): "kivi2",
     (2, "mse"): "affine(2, 32, 'mse')",
+    (2, "unbiased"): "affine(2, 32, 'unbiased')",
     (1, "minmax"): "affine(1, 32)",
     (1, "mse"): "affine(1, 32, 'mse')",
+    (1, "unbiased"): "affine(1, 32, 'unbiased')",
 }
 
 

@@ -27,11 +27,13 @@ RECIPES = (
     "kivi4",
     "kivi2",
     "affine(2, 32, 'mse')",
+    "affine(2, 32, 'unbiased')",
     "best2",
+    "best1",
     "asymkv(2, 0)",
     "affine(1, 32)",
     "affine(1, 32, 'mse')",
-    "best1",
+    "affine(1, 32, 'unbiased')",
 )
 _NAMED = [word for recipe in RECIPES for word in ("--recipe", recipe)]
 
@@ -43,7 +45,7 @@ COMMANDS: dict[str, list[str]] = {
         *("eval", *_NAMED, "--dtype", "float32", "--tokens", "16384"),
         *("--task", "perplexity", "agreement", "fidelity"),
     ],
-    "recall": ["eval", *_NAMED, "--task", "needle", "--samples", "100"],
+    "recall": ["eval", *_NAMED, "--task", "needle", "--samples", "60"],
     "attention": ["bench", "--full", "--context", "1024", "4096", "16384", "65536"],
 }
 PREFILL_TOKENS = 8000
@@ -73,7 +75,9 @@ def gaussian() -> list[dict[str, object]]:
     """Normalised squared error on independent Gaussian data; the bits include scales."""
     x = torch.randn(4096, 8, 128, generator=torch.Generator().manual_seed(0)).transpose(0, 1)
     rows: list[dict[str, object]] = []
-    for bits, group, levels in itertools.product((1, 2, 4), (32, 64, 128), ("minmax", "mse")):
+    for bits, group, levels in itertools.product(
+        (1, 2, 4), (32, 64, 128), ("minmax", "mse", "unbiased")
+    ):
         codec = Affine(bits, "token", group, levels)
         error = codec.dequantize(codec.quantize(x)) - x
         part = codec.part_format("value", head_dim=128, page_size=128, dtype=torch.float16)
@@ -93,7 +97,8 @@ def gaussian() -> list[dict[str, object]]:
 def held_out_prompt(path: Path, tokens: int) -> Path:
     """Held-out text of so many tokens, in a file."""
     tokenizer = checkpoint.load_tokenizer(checkpoint.locate(None))
-    ids = tokenizer((ASSETS / "heldout.txt").read_text(encoding="utf-8"))["input_ids"][1:tokens]
+    text = (ASSETS / "heldout.txt").read_text(encoding="utf-8")[: 8 * tokens]
+    ids = tokenizer(text, verbose=False)["input_ids"][1:tokens]
     path.write_text(tokenizer.decode(ids), encoding="utf-8")
     return path
 

@@ -137,18 +137,22 @@ PRESETS: dict[str, Preset] = {
     "affine": Preset(
         _affine,
         "bitkv",
-        "keys per channel, values per token: any bits, group size and levels",
+        "keys per channel, values per token, any bits, group size, levels and sinks",
         "affine(2, 32, 'mse')",
     ),
     "best2": Preset(
-        lambda: _affine(2, "page", "mse", sinks=4),
+        lambda: Recipe(
+            key=Affine(2, "channel", 32, "unbiased"), value=Affine(2, "token", "page", "mse")
+        ),
         "bitkv",
-        "2-bit searched levels, one group a page, sinks kept",
+        "2 bits: unbiased keys in groups of 32, one group a token for values, sinks kept",
     ),
     "best1": Preset(
-        lambda: _affine(1, "page", "mse", sinks=4),
+        lambda: Recipe(
+            key=Affine(2, "channel", "page", "unbiased"), value=Affine(1, "token", "page", "mse")
+        ),
         "bitkv",
-        "1-bit conditional means, one group a page, sinks kept",
+        "1-bit values, 2-bit unbiased keys (1-bit ones lose retrieval), sinks kept",
     ),
 }
 

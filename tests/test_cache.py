@@ -80,7 +80,7 @@ def test_reset_forgets_all_tokens():
 
 @pytest.mark.parametrize(
     ("recipe", "packed_bits"),
-    [("fp16", 16.0), ("int8", 8.25), ("kivi4", 5.0), ("kivi2", 3.0), ("best2", 2.25), ("best1", 1.25)],
+    [("fp16", 16.0), ("int8", 8.25), ("kivi4", 5.0), ("kivi2", 3.0), ("best2", 2.625), ("best1", 1.75)],
 )
 def test_bits_per_element_are_measured_from_bytes_hot_window_included(recipe, packed_bits):
     cache = PagedCache(recipe, 2)

@@ -19,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitkv.evaluation import tasks
+from bitkv.evaluation.report import wilson
 from training.data import Lines, load_corpus
 
 LOSS_CONTEXTS = (512, 8192)
@@ -32,15 +33,6 @@ SAMPLES = {
 }
 FLOAT32_SAMPLES = {"needle": {1024: 30, 4096: 10}}
 NUM_KEYS = 8
-
-
-def wilson(hits: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % Wilson interval of a share."""
-    share = hits / count
-    middle = share + z * z / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    scale = 1 + z * z / count
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
 class TriGram:
