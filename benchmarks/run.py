@@ -7,6 +7,7 @@ pictures are made from those files by `benchmarks.publish`.
 import argparse
 import itertools
 import json
+import os
 import shlex
 import sys
 import tempfile
@@ -19,7 +20,8 @@ from bitkv import Affine
 from bitkv.cli import main as bitkv
 from bitkv.generation import checkpoint
 
-RESULTS = Path(__file__).parent / "results"
+# relative: the commands are written into the results
+RESULTS = Path(os.path.relpath(Path(__file__).parent / "results"))
 ASSETS = Path(__file__).parents[1] / "bitkv" / "assets"
 RECIPES = (
     "fp16",

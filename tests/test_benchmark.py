@@ -104,7 +104,7 @@ def test_synthetic_cache_equals_an_appended_one(text: str) -> None:
     appended = new_layer(recipe)
     appended.append(k, v)
 
-    ours, theirs = (x.state()["pages"][x.state()["block_table"].long()] for x in (layer, appended))
+    ours, theirs = (x["pages"][x["block_table"].long()] for x in map(state, (layer, appended)))
     assert torch.equal(ours, theirs)
     q = torch.randn(2, 4, 1, 64)
     for got, expected in zip(attend(q, layer.view()), attend(q, appended.view()), strict=True):

@@ -5,6 +5,7 @@ Bad input is one sentence on standard error and exit code 2. A command imports t
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -67,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    args = build_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
+    args = build_parser().parse_args(words)
+    args.command = shlex.join(["bitkv", *words])
     try:
         args.run(args)
         sys.stdout.flush()

@@ -1,7 +1,6 @@
 """`bitkv bench`: decode attention and append against context length."""
 
 import argparse
-import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +102,6 @@ def _measure(args: argparse.Namespace) -> "Report":
             head_dim=args.head_dim,
             dtype=args.dtype,
             quick=not args.full,
-            command=shlex.join(["bitkv", *sys.argv[1:]]),
+            command=args.command,
             progress=show,
         )
