@@ -10,6 +10,9 @@ from bitkv import benchmark
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"min–max levels": "#D55E00", "searched levels": "#0072B2"}
 MARKS = {"min–max levels": "o", "searched levels": "D"}
+SHOWN = ("int8", "kivi4", "kivi2", "asymkv(2, 0)", "affine(1, 32)", "best2", "best1")
+# labels stand on the outer side of their point: (offset in points, alignment)
+SIDES = {"min–max levels": ((8, -11), "left"), "searched levels": ((-8, 4), "right")}
 
 
 def attention(path: Path) -> None:
@@ -22,25 +25,27 @@ def quality(rows: list[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kl = [row for row in rows if row["task"] == "agreement" and row["recipe"] != "fp16"]
+    kl = [row for row in rows if row["task"] == "agreement" and row["recipe"] in SHOWN]
     needle = [row for row in rows if row["task"] == "needle"]
     longest = max(row["context"] for row in needle)
     needle = [row for row in needle if row["context"] == longest]
     stock = next(row for row in needle if row["recipe"] == "stock")
-    needle = [row for row in needle if row["recipe"] not in ("stock", "fp16")]
+    needle = [row for row in needle if row["recipe"] in SHOWN]
 
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     _scatter(left, kl, "kl_mean")
-    left.set(yscale="log", ylabel="KL to 16 bits, nats per token", title="Lower is better")
+    left.set(
+        yscale="log", ylim=(5e-7, 10), ylabel="KL to 16 bits, nats per token", title="Lower is better"
+    )
     _scatter(right, needle, "exact_match")
     right.axhline(stock["exact_match"], color="#999999", linewidth=1, linestyle=":")
-    right.annotate("16 bits", (8, stock["exact_match"]), va="bottom", ha="right", color="#777777")
+    right.annotate("16 bits", (1.02, stock["exact_match"]), va="bottom", color="#777777")
     right.set(
-        ylabel=f"needle recall at {longest:,} tokens", title="Higher is better", ylim=(-0.03, 1.05)
+        ylabel=f"needle recall at {longest:,} tokens", title="Higher is better", ylim=(-0.12, 1.08)
     )
     for axes in (left, right):
-        axes.set(xlabel="measured bits per element beyond the hot window", xscale="log")
+        axes.set(xlabel="measured bits per element beyond the hot window", xscale="log", xlim=(1, 11))
         axes.set_xticks([1, 1.5, 2, 3, 5, 8], ["1", "1.5", "2", "3", "5", "8"])
         axes.minorticks_off()
         axes.grid(color="#eeeeee")
@@ -58,13 +63,15 @@ def _scatter(axes: Any, rows: list[dict[str, Any]], field: str) -> None:
             y = [row[field] for row in chosen]
             axes.scatter(x, y, color=colour, marker=MARKS[kind], s=46, label=kind, zorder=3)
     for row in rows:
+        offset, side = SIDES[_kind(row)]
         axes.annotate(
             row["recipe"],
             (row["packed_bits_per_element"], row[field]),
             textcoords="offset points",
-            xytext=(7, 4),
-            fontsize=8,
-            color="#333333",
+            xytext=offset,
+            ha=side,
+            fontsize=9,
+            color=COLOURS[_kind(row)],
         )
 
 

@@ -116,7 +116,8 @@ LEVELS = {
 
 def levels() -> str:
     """Searched levels against min-max ones, same bytes."""
-    kl, fidelity, needle = by_task("agreement"), by_task("fidelity"), by_task("needle", 4096)
+    kl, fidelity = by_task("agreement"), by_task("fidelity")
+    needle = {row["recipe"]: row for row in rows("levels")}
     error = {
         (row["bits"], row["levels"]): row["nmse"] for row in rows("gaussian") if row["group_size"] == 32
     }

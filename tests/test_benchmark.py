@@ -28,6 +28,7 @@ from bitkv.benchmark.attention import append_call, sdpa_calls
 from bitkv.benchmark.report import replacing
 from bitkv.benchmark.synthetic import Shape, synthetic_layer
 from bitkv.benchmark.timing import WARM_UP, Effort, cold_copies, durations, last_level_cache
+from bitkv.snapshot import state
 
 SMALL = Shape(batch=2, heads=4, kv_heads=2, head_dim=64, dtype="float32")
 ENVIRONMENT = Environment(20.0, 2, "cpu", "2.13", "bitkv bench", None, "2026-01-01T00:00:00+00:00")
