@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from bitkv.cli.recipes import list_recipes
+from bitkv.evaluation.report import wilson
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -104,6 +105,14 @@ def _share(row: dict[str, Any]) -> str:
     return f"{row['exact_match']:.1%} ({row['low']:.0%}–{row['high']:.0%})"
 
 
+def _pooled(recipe: str) -> str:
+    """Recall over both runs of the levels: two dtypes, two sets of prompts."""
+    found = [row for row in (*rows("levels"), *rows("levels16")) if row["recipe"] == recipe]
+    hits, samples = (sum(row[name] for row in found) for name in ("hits", "samples"))
+    low, high = wilson(hits, samples)
+    return _share({"exact_match": hits / samples, "low": low, "high": high})
+
+
 LEVELS = {
     (2, "minmax"): "kivi2",
     (2, "mse"): "affine(2, 32, 'mse')",
@@ -117,7 +126,6 @@ LEVELS = {
 def levels() -> str:
     """Searched levels against min-max ones, same bytes."""
     kl, fidelity = by_task("agreement"), by_task("fidelity")
-    needle = {row["recipe"]: row for row in rows("levels")}
     error = {
         (row["bits"], row["levels"]): row["nmse"] for row in rows("gaussian") if row["group_size"] == 32
     }
@@ -130,7 +138,7 @@ def levels() -> str:
             f"{fidelity[name]['key_nmse']:.3f}",
             f"{fidelity[name]['value_nmse']:.3f}",
             f"{kl[name]['kl_mean']:.4f}",
-            _share(needle[name]),
+            _pooled(name),
         ]
         for (bits, kind), name in LEVELS.items()
     ]

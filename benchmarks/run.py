@@ -39,6 +39,11 @@ RECIPES = (
 )
 _NAMED = [word for recipe in RECIPES for word in ("--recipe", recipe)]
 
+_LEVELS = [
+    *("eval", *(word for name in publish.LEVELS.values() for word in ("--recipe", name))),
+    *("--task", "needle", "--length", "4096", "--samples", "200"),
+]
+
 COMMANDS: dict[str, list[str]] = {
     "generate": ["generate", "--demo", "--compare"],
     "prefill": ["generate", "--compare", "--file"],
@@ -48,10 +53,8 @@ COMMANDS: dict[str, list[str]] = {
         *("--task", "perplexity", "agreement", "fidelity"),
     ],
     "recall": ["eval", *_NAMED, "--task", "needle", "--samples", "60"],
-    "levels": [
-        *("eval", *(word for name in publish.LEVELS.values() for word in ("--recipe", name))),
-        *("--task", "needle", "--length", "4096", "--samples", "200", "--seed", "1"),
-    ],
+    "levels": [*_LEVELS, "--dtype", "float32"],
+    "levels16": [*_LEVELS, "--seed", "1"],
     "attention": ["bench", "--full", "--context", "1024", "4096", "16384", "65536"],
 }
 PREFILL_TOKENS = 8000
