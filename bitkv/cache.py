@@ -1,7 +1,6 @@
 """The paged cache of a model: one `PagedLayer` a layer, moved together, saved to one file."""
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitkv.files import replacing
 from bitkv.layer import PagedLayer, Usage
 from bitkv.recipe import Recipe, as_recipe
 from bitkv.snapshot import restore, state
@@ -104,11 +104,8 @@ class PagedCache:
             extra: further tensors to keep in the file, returned by `load`.
 
         Raises:
-            FileNotFoundError: there is no folder to write to.
+            ValueError: there is no folder to write to.
         """
-        folder = Path(path).parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder} for the cache file; create it first")
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous()
             for i, layer in enumerate(self.layers)
@@ -122,12 +119,8 @@ class PagedCache:
             "num_layers": str(len(self.layers)),
             "checksum": _checksum(tensors),
         }
-        temporary = Path(f"{path}.{os.getpid()}.part")
-        try:
+        with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
     def load(
         self, path: Path | str, *, model: str, device: torch.device | str = "cpu"

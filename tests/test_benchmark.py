@@ -25,9 +25,9 @@ from bitkv.benchmark import (
     write_json,
 )
 from bitkv.benchmark.attention import append_call, sdpa_calls
-from bitkv.benchmark.report import replacing
 from bitkv.benchmark.synthetic import Shape, synthetic_layer
 from bitkv.benchmark.timing import WARM_UP, Effort, cold_copies, durations, last_level_cache
+from bitkv.files import replacing
 from bitkv.snapshot import state
 
 SMALL = Shape(batch=2, heads=4, kv_heads=2, head_dim=64, dtype="float32")

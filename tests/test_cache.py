@@ -231,18 +231,18 @@ def test_a_file_that_does_not_exist_is_named(tmp_path):
         cache.load(tmp_path / "missing", model=MODEL)
 
 
-@pytest.mark.parametrize("step", ["save_file", "os.replace"])
+@pytest.mark.parametrize("step", ["cache.save_file", "files.os.replace"])
 def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(step, tmp_path, monkeypatch):
     path = tmp_path / "cache"
     filled().save(path, model=MODEL)
     old = path.read_bytes()
 
     def fail(source, target, *_):
-        if step == "save_file":
+        if step == "cache.save_file":
             target.write_bytes(b"half a file")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(f"bitkv.cache.{step}", fail)
+    monkeypatch.setattr(f"bitkv.{step}", fail)
     with pytest.raises(OSError, match="no space left"):
         filled("kivi2", lengths=(500,)).save(path, model=MODEL)
     assert path.read_bytes() == old
@@ -250,7 +250,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_nothing_else(step, tmp_path, 
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"^no folder .*missing for the cache file; create it"):
+    with pytest.raises(ValueError, match=r"^no folder .*missing for cache.*; create it first$"):
         filled().save(tmp_path / "missing" / "cache", model=MODEL)
 
 

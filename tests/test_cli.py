@@ -13,7 +13,7 @@ from transformers import DeepseekV3Config, MambaConfig, T5Config
 from bitkv import benchmark, evaluation
 from bitkv.attention import BACKENDS
 from bitkv.cli import bench, build_parser, comparison, evaluate, generate, main, recipes
-from bitkv.cli.files import write_json
+from bitkv.files import write_json
 from bitkv.generation.request import Run
 from bitkv.recipe import PRESETS
 
@@ -280,7 +280,7 @@ SENTENCES = [
     ),
     (
         "generate MODEL --prompt x --json no/run.json",
-        "no directory no to write run.json into; create it first",
+        "no folder no for run.json; create it first",
     ),
     (
         "generate nothing --prompt x",

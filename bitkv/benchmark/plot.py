@@ -7,7 +7,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bitkv.benchmark.report import Row, check_folder, replacing
+from bitkv.benchmark.report import Row
+from bitkv.files import check_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,9 +1,7 @@
 """What a benchmark measured: rows, a table, a JSON file."""
 
 import json
-import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -11,6 +9,7 @@ from typing import Literal
 from rich.console import Console
 from rich.table import Table
 
+from bitkv import files
 from bitkv.benchmark.environment import Environment
 
 _COLUMNS = ("bits", "MB", "attend\nms", "\nGB/s", "of\nread", "vs\nSDPA", "append\nms")
@@ -132,8 +131,7 @@ def write_json(rows: Sequence[Row], path: Path | str) -> None:
     """
     flat = [asdict(row) for row in rows]
     records = [record | record.pop("environment") for record in flat]
-    with replacing(Path(path)) as temporary:
-        temporary.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+    files.write_json(Path(path), records)
 
 
 def read_json(path: Path | str) -> list[Row]:
@@ -151,21 +149,3 @@ def read_json(path: Path | str) -> list[Row]:
         raise ValueError(
             f"{path} holds no benchmark rows; pass a file of `bitkv bench --json`"
         ) from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when the block ends well."""
-    check_folder(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_folder(path: Path) -> None:
-    """Raises ValueError if there is no folder to write `path` into."""
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"no folder {path.parent} for {path.name}; create it first")

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitkv.cli import arguments
-from bitkv.cli.files import check_writable
 from bitkv.cli.progress import progress_display
+from bitkv.files import check_writable
 
 if TYPE_CHECKING:
     from bitkv.benchmark import Report

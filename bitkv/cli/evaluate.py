@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from bitkv.cli import arguments
-from bitkv.cli.files import check_writable
 from bitkv.cli.progress import progress_display
+from bitkv.files import check_writable
 from bitkv.generation.request import DTYPES
 
 SUMMARY = "measure what recipes cost in quality"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from bitkv.cli import arguments, comparison
-from bitkv.cli.files import check_writable, write_json
+from bitkv.files import check_writable, write_json
 from bitkv.generation.request import DTYPES, Request, Run
 
 if TYPE_CHECKING:

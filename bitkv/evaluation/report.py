@@ -1,15 +1,15 @@
 """Rows of results: what was measured, under which protocol; JSON files and tables of them."""
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, NamedTuple, Self, get_type_hints
 
 from rich.table import Table
+
+from bitkv import files
 
 
 class Column(NamedTuple):
@@ -151,13 +151,7 @@ def wilson(hits: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
 
 def write_json(rows: Sequence[Row], path: Path | str) -> None:
     """Write a JSON list of rows, whole or not at all."""
-    text = json.dumps([row.to_json() for row in rows], indent=1, ensure_ascii=False)
-    temporary = Path(f"{path}.{os.getpid()}.part")
-    try:
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files.write_json(Path(path), [row.to_json() for row in rows])
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
