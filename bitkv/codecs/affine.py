@@ -6,7 +6,8 @@ Keys per channel over a group of tokens, values per token over a group of channe
 * "minmax": the outermost ones lie on the group's extremes, as in both papers. At 1 bit that stores
   little but the outliers.
 * "mse": a searched range, refitted to the codes by least squares, which at 1 bit tends to the two
-  conditional means: the same bytes with far less error.
+  conditional means: the same bytes with far less error. From 2 bits on an element's error weighs a
+  little more the further it lies from the group's mean, because look-ups hang on outlying keys.
 * "unbiased": the same codes, stretched around the mean until x regresses on its quantized self with
   slope one. Codes of least error shrink: an inner product with them is too small by the share of the
   variance they lose, which flattens the softmax. This takes that back for a little more error.
@@ -26,8 +27,9 @@ from bitkv.pages import CODE_BITS, Granularity, PartFormat, QuantizedTensor
 Levels = Literal["minmax", "mse", "unbiased"]
 
 _SCALE_LIMITS = (2.0**-24, 65504.0)  # the smallest and the largest float16
-_CLIPS = {1: (1.0,), 2: (0.9, 0.7, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}
-_REFITS = 3
+_CLIPS = {1: (1.0,), 2: (0.95, 0.8, 0.65, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}
+_REFITS = 4
+_TAIL_WEIGHT = 0.15  # per squared distance from the mean, in variances; see docs/design.md, "Levels"
 _LARGEST_GAIN = 3.0
 
 
@@ -117,19 +119,20 @@ def _fit_mse(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """The best of a few starting ranges, each improved by alternating codes and least squares.
 
     It starts from the group's mean at 1 bit, where the range only sets the threshold, and keeps the
-    min-max fit where nothing is better, so it never loses to it.
+    min-max fit where nothing is better, so its weighted error never exceeds that of min-max.
     """
+    weights = tail_weights(x, bits)
     best_scale, best_zero = _fit_minmax(x, bits)
-    best_error = _squared_error(x, best_scale, best_zero, bits)
+    best_error = _squared_error(x, weights, best_scale, best_zero, bits)
     low, high = x.aminmax(dim=-1, keepdim=True)
     center = x.mean(-1, keepdim=True) if bits == 1 else (low + high) / 2
     for clip in _CLIPS[bits]:
         scale = (clip * (high - low) / (2**bits - 1)).clamp(min=_SCALE_LIMITS[0])
         zero_point = center - scale * (2**bits - 1) / 2
         for _ in range(_REFITS):
-            scale, zero_point = _refit(x, scale, zero_point, bits)
+            scale, zero_point = _refit(x, weights, scale, zero_point, bits)
         scale, zero_point = _round_to_half(scale, zero_point)
-        error = _squared_error(x, scale, zero_point, bits)
+        error = _squared_error(x, weights, scale, zero_point, bits)
         better = error < best_error
         best_scale = torch.where(better, scale, best_scale)
         best_zero = torch.where(better, zero_point, best_zero)
@@ -137,14 +140,28 @@ def _fit_mse(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return best_scale, best_zero
 
 
-def _refit(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def tail_weights(x: Tensor, bits: int) -> Tensor:
+    """How much each element's squared error counts in its group `[..., g]`; the mean is 1.
+
+    At 1 bit all count alike: two levels cannot follow a tail.
+    """
+    deviation = (x - x.mean(-1, keepdim=True)).square_()
+    variance = deviation.mean(-1, keepdim=True)
+    alpha = 0.0 if bits == 1 else _TAIL_WEIGHT
+    share = deviation / variance.clamp(min=1e-30)
+    return (1 + alpha * share) / (1 + alpha)
+
+
+def _refit(
+    x: Tensor, weights: Tensor, scale: Tensor, zero_point: Tensor, bits: int
+) -> tuple[Tensor, Tensor]:
     """The least-squares line through (code, value); unchanged scale where all codes are equal."""
     codes = _assign(x, scale, zero_point, bits)
-    mean_x, mean_code = x.mean(-1, keepdim=True), codes.mean(-1, keepdim=True)
-    spread = codes - mean_code
-    variance = spread.square().sum(-1, keepdim=True)
+    mean_x, mean_code = ((weights * y).mean(-1, keepdim=True) for y in (x, codes))
+    spread = weights * (codes - mean_code)
+    variance = (spread * codes).sum(-1, keepdim=True)
     slope = (spread * x).sum(-1, keepdim=True) / variance.clamp(min=1e-6)
-    scale = torch.where(variance > 0.5 / x.shape[-1], slope, scale).clamp(min=_SCALE_LIMITS[0])
+    scale = torch.where(variance > 0.25 / x.shape[-1], slope, scale).clamp(min=_SCALE_LIMITS[0])
     return scale, mean_x - scale * mean_code
 
 
@@ -158,9 +175,10 @@ def _stretch(x: Tensor, codes: Tensor, scale: Tensor, zero_point: Tensor) -> tup
     return _round_to_half(scale * gain, mean + (zero_point - mean) * gain)
 
 
-def _squared_error(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+def _squared_error(x: Tensor, weights: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
     codes = _assign(x, scale, zero_point, bits)
-    return torch.addcmul(zero_point - x, codes, scale).square_().sum(-1, keepdim=True)
+    errors = torch.addcmul(zero_point - x, codes, scale).square_()
+    return (weights * errors).sum(-1, keepdim=True)
 
 
 _FITS = {"minmax": _fit_minmax, "mse": _fit_mse, "unbiased": _fit_mse}
