@@ -27,7 +27,7 @@ clean:
 	rm -rf $(VENV)
 
 # the constraints pin torch to a build that needs no GPU; the package itself accepts newer ones
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard bitkv/csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[plot,dev]"

@@ -23,17 +23,17 @@ class PagedCache:
     Args:
         recipe: a `Recipe` or its text.
         num_layers: layers of the model; a layer that never gets tokens costs nothing.
-        layout: order of codes inside pages, a key of `bitkv.pages.LAYOUTS`.
+        layout: order of codes inside pages; see `PagedLayer`.
 
     Raises:
         ValueError: a text that names no recipe.
     """
 
-    def __init__(self, recipe: Recipe | str, num_layers: int, *, layout: str = "strided") -> None:
+    def __init__(self, recipe: Recipe | str, num_layers: int, *, layout: str | None = None) -> None:
         self.recipe = as_recipe(recipe)
         self.layers = [self._new_layer(i, layout) for i in range(num_layers)]
 
-    def _new_layer(self, layer_idx: int, layout: str) -> PagedLayer:
+    def _new_layer(self, layer_idx: int, layout: str | None) -> PagedLayer:
         key, value = self.recipe.codecs(layer_idx)
         return PagedLayer(
             key,

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from bitkv.codecs import Codec
-from bitkv.pages import PageFormat
+from bitkv.pages import PageFormat, layout_for
 from bitkv.pool import PagePool
 from bitkv.view import CacheView
 
 _TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")
+_CPU = torch.device("cpu")
 _PAGES_AT_ONCE = 16  # quantized together: bounds the float32 temporaries of a long prompt
 
 
@@ -37,7 +38,8 @@ class PagedLayer:
     Args:
         key, value: codecs of this layer.
         num_sink_tokens, recent_tokens, page_size: see `Recipe`.
-        layout: order of codes inside pages, a key of `bitkv.pages.LAYOUTS`.
+        layout: order of codes inside pages, a key of `bitkv.pages.LAYOUTS`; by default the one that
+            suits the device of the first tokens.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class PagedLayer:
         num_sink_tokens: int,
         recent_tokens: int,
         page_size: int,
-        layout: str = "strided",
+        layout: str | None = None,
     ) -> None:
         self.key, self.value = key, value
         self.num_sink_tokens = num_sink_tokens
@@ -75,16 +77,17 @@ class PagedLayer:
             raise ValueError("the cache is empty and has no page format yet; append tokens first")
         return self._format
 
-    def page_format(self, head_dim: int, dtype: torch.dtype) -> PageFormat:
+    def page_format(self, head_dim: int, dtype: torch.dtype, device: torch.device = _CPU) -> PageFormat:
         """The format that tensors of this shape would get.
 
         Raises:
             ValueError: a codec cannot serve the shape.
         """
         shape = {"head_dim": head_dim, "page_size": self.page_size}
+        layout = self.layout or layout_for(device)
         return PageFormat(
-            self.key.part_format("key", **shape, dtype=dtype, layout=self.layout),
-            self.value.part_format("value", **shape, dtype=dtype, layout=self.layout),
+            self.key.part_format("key", **shape, dtype=dtype, layout=layout),
+            self.value.part_format("value", **shape, dtype=dtype, layout=layout),
         )
 
     @property
@@ -95,7 +98,7 @@ class PagedLayer:
     def allocate(self, k: Tensor) -> None:
         """Make the tensors of an empty cache for tokens like `k` `[B, Hkv, T, D]`."""
         batch, heads, _, head_dim = k.shape
-        self._format = self.page_format(head_dim, k.dtype)
+        self._format = self.page_format(head_dim, k.dtype, k.device)
         self.pool = PagePool(heads, self._format.page_bytes, k.device)
         self.block_table = torch.zeros(batch, 0, dtype=torch.int32, device=k.device)
         self.packed_len = torch.zeros(batch, dtype=torch.int32, device=k.device)

@@ -7,7 +7,8 @@ few vectors.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,11 @@ RAW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": t
 PAGE_SIZES = (64, 128)
 WORD_BITS = 16
 MIN_WORDS_PER_ROW = 16  # the contraction depth of a 16-bit tensor-core instruction
+LANES = 16  # rows side by side in a vector of the layout "lanes"
+
+_DTYPE_NUMBERS = {"float16": 0, "bfloat16": 1, "float32": 2}  # DType in csrc/page.h
+_RAW_WORDS = {16: torch.int16, 32: torch.int32}
+_PAGES_AT_ONCE = 64  # converted together: bounds the temporaries
 
 
 class QuantizedTensor(NamedTuple):
@@ -49,7 +55,10 @@ class QuantizedTensor(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """An order of codes inside a page: `pack` takes uint8 `[..., rows, columns]` to bytes and back."""
+    """An order of codes inside a page: `pack` takes uint8 `[..., rows, columns]` to bytes and back.
+
+    From 16 bits on it takes unquantized values, and gives them back as integers of their width.
+    """
 
     pack: Callable[[Tensor, int], Tensor]
     unpack: Callable[[Tensor, int, int, int], Tensor]
@@ -68,6 +77,8 @@ def _strided_pack(codes: Tensor, bits: int) -> Tensor:
 
     A masked row of words is then one contiguous slice of columns, an MMA operand as it stands.
     """
+    if bits >= WORD_BITS:
+        return codes.contiguous().view(torch.uint8).flatten(-2)
     rows, columns = codes.shape[-2:]
     folds = _folds(columns, bits)
     per_row = WORD_BITS // (bits * folds)
@@ -80,6 +91,8 @@ def _strided_pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def _strided_unpack(data: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+    if bits >= WORD_BITS:
+        return torch.unflatten(data.contiguous().view(_RAW_WORDS[bits]), -1, (rows, columns))
     folds = _folds(columns, bits)
     per_row = WORD_BITS // (bits * folds)
     words = torch.unflatten(data.contiguous().view(torch.int16), -1, (rows // folds, -1))
@@ -90,8 +103,66 @@ def _strided_unpack(data: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     return x.flatten(-2).flatten(-3, -2)
 
 
-LAYOUTS: dict[str, Layout] = {"strided": Layout(_strided_pack, _strided_unpack)}
+def _lanes_pack(codes: Tensor, bits: int) -> Tensor:
+    """Blocks of 16 rows, one in each lane of a 64-byte vector; csrc/page.h says where each code lies.
+
+    Four neighbouring columns of 16 rows then meet four numbers in one byte dot product.
+    """
+    codes = torch.unflatten(codes, -2, (-1, LANES))  # [..., blocks, lanes, columns]
+    if bits >= WORD_BITS:
+        return codes.transpose(-1, -2).contiguous().view(torch.uint8).flatten(-3)
+    whole = codes.shape[-1] * bits // 32 * 32 // bits
+    x = torch.unflatten(codes[..., :whole], -1, (-1, 8 // bits, 4))
+    vectors = _join_bits(x.movedim(-4, -3), bits).flatten(-4)  # of [..., blocks, n, lanes, positions, 4]
+    if whole == codes.shape[-1]:
+        return vectors
+    # 16 columns of 1 bit are left over: two neighbouring blocks share a vector
+    x = torch.unflatten(torch.unflatten(codes[..., whole:], -1, (4, 4)), -4, (-1, 2))
+    tail = _join_bits(x.movedim(-4, -3).flatten(-3, -2), bits).flatten(-3)
+    return torch.cat([vectors, tail], dim=-1)
+
+
+def _lanes_unpack(data: Tensor, rows: int, columns: int, bits: int) -> Tensor:
+    blocks = rows // LANES
+    if bits >= WORD_BITS:
+        words = data.contiguous().view(_RAW_WORDS[bits])
+        return torch.unflatten(words, -1, (blocks, columns, LANES)).transpose(-1, -2).flatten(-3, -2)
+    whole = columns * bits // 32 * 32 // bits
+    sizes = [rows * whole * bits // 8, rows * (columns - whole) * bits // 8]
+    vectors, tail = torch.split(data, sizes, dim=-1)
+    x = torch.unflatten(vectors, -1, (blocks, whole * bits // 32, LANES, 4))
+    codes = _split_bits(x, bits).movedim(-4, -3).flatten(-3)  # [..., blocks, lanes, columns]
+    if whole < columns:
+        x = _split_bits(torch.unflatten(tail, -1, (blocks // 2, LANES, 4)), bits)
+        x = torch.unflatten(x, -2, (2, 4)).movedim(-3, -4)  # [..., pairs, 2, lanes, positions, 4]
+        codes = torch.cat([codes, x.flatten(-2).flatten(-4, -3)], dim=-1)
+    return codes.flatten(-3, -2)
+
+
+def _join_bits(x: Tensor, bits: int) -> Tensor:
+    """Bytes `[..., k]` of codes `[..., 8 / bits, k]`, the first in the lowest bits."""
+    shifts = torch.arange(0, 8, bits, device=x.device, dtype=torch.uint8)
+    joined: Tensor = (x << shifts[:, None]).sum(-2, dtype=torch.uint8)
+    return joined
+
+
+def _split_bits(x: Tensor, bits: int) -> Tensor:
+    """Inverse of `_join_bits`."""
+    shifts = torch.arange(0, 8, bits, device=x.device, dtype=torch.uint8)
+    codes: Tensor = (x.unsqueeze(-2) >> shifts[:, None]) & (2**bits - 1)
+    return codes
+
+
+LAYOUTS: dict[str, Layout] = {
+    "strided": Layout(_strided_pack, _strided_unpack),
+    "lanes": Layout(_lanes_pack, _lanes_unpack),
+}
 """Every known order of codes. Files always hold the first one."""
+
+
+def layout_for(device: torch.device) -> str:
+    """The order of codes that attention on a device reads fastest."""
+    return "lanes" if device.type == "cpu" else "strided"
 
 
 @dataclass(frozen=True)
@@ -180,22 +251,26 @@ class PartFormat:
         """Measured from bytes: scales and zero points included."""
         return 8 * self.nbytes / (self.page_size * self.head_dim)
 
+    @cached_property
+    def numbers(self) -> tuple[int, int, int, int, bool, int]:
+        """What native kernels take: `Part` in csrc/page.h, field by field."""
+        row_scales = self.site == "key" and self.granularity == "token"
+        dtype = _DTYPE_NUMBERS[self.dtype]
+        return self.bits, self.rows, self.columns, self.group_size, row_scales, dtype
+
     def pack(self, q: QuantizedTensor) -> Tensor:
         """Bytes `[..., nbytes]` of one page of codes `[..., page_size, head_dim]`."""
         codes = q.codes if self.site == "key" else q.codes.transpose(-1, -2)
+        packed = LAYOUTS[self.layout].pack(codes, self.bits)
         if q.scale is None or q.zero_point is None:
-            return codes.contiguous().view(torch.uint8).flatten(-2)
-        meta = [self._store_scales(x) for x in (q.scale, q.zero_point)]
-        return torch.cat([LAYOUTS[self.layout].pack(codes, self.bits), *meta], dim=-1)
+            return packed
+        return torch.cat([packed, *(self._store_scales(x) for x in (q.scale, q.zero_point))], dim=-1)
 
     def unpack(self, data: Tensor) -> QuantizedTensor:
         """Inverse of `pack`."""
         codes, *meta = torch.split(data, [self.code_bytes, *[2 * self.num_groups] * 2], dim=-1)
-        if self.is_raw:
-            values = codes.contiguous().view(RAW_DTYPES[self.dtype])
-            codes = torch.unflatten(values, -1, (self.rows, self.columns))
-        else:
-            codes = LAYOUTS[self.layout].unpack(codes, self.rows, self.columns, self.bits)
+        codes = LAYOUTS[self.layout].unpack(codes, self.rows, self.columns, self.bits)
+        codes = codes.view(RAW_DTYPES[self.dtype]) if self.is_raw else codes
         codes = codes if self.site == "key" else codes.transpose(-1, -2)
         scale, zero_point = (None, None) if self.is_raw else (self._load_scales(x) for x in meta)
         return QuantizedTensor(codes, scale, zero_point, self.granularity)
@@ -255,3 +330,15 @@ class PageFormat:
         """Float32 keys and values `[..., page_size, head_dim]` of pages `[..., page_bytes]`."""
         key, value = self.unpack(pages)
         return key.dequantize(), value.dequantize()
+
+    def with_layout(self, layout: str) -> "PageFormat":
+        """The same page with its codes in another order."""
+        return PageFormat(replace(self.key, layout=layout), replace(self.value, layout=layout))
+
+
+def convert(pages: Tensor, source: PageFormat, target: PageFormat) -> Tensor:
+    """Pages `[n, ..., page_bytes]` of one layout in another, exactly."""
+    if source == target or not pages.numel():
+        return pages
+    parts = torch.split(pages, _PAGES_AT_ONCE)
+    return torch.cat([target.pack(*source.unpack(part)) for part in parts])

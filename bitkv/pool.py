@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from bitkv.memory import empty_bytes
+
 _SLACK = 4  # grows by a quarter: doubling would leave half of a long prompt's memory unused
 
 
@@ -14,7 +16,7 @@ class PagePool:
     """
 
     def __init__(self, num_heads: int, page_bytes: int, device: torch.device) -> None:
-        self.data = torch.empty(0, num_heads, page_bytes, dtype=torch.uint8, device=device)
+        self.data = empty_bytes((0, num_heads, page_bytes), device)
         self._references: list[int] = []
         self._free: list[int] = []
 
@@ -52,7 +54,7 @@ class PagePool:
         old = len(self._references)
         if num_pages <= old:
             return
-        grown = self.data.new_empty(num_pages, *self.data.shape[1:])
+        grown = empty_bytes((num_pages, *self.data.shape[1:]), self.data.device)
         grown[:old] = self.data
         self.data = grown
         self._references += [0] * (num_pages - old)

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 
 from bitkv.layer import PagedLayer
+from bitkv.pages import LAYOUTS, convert
+
+_LAYOUT = next(iter(LAYOUTS))  # of files, whatever the layer's own
 
 
 def state(layer: PagedLayer) -> dict[str, Tensor]:
@@ -20,7 +23,7 @@ def state(layer: PagedLayer) -> dict[str, Tensor]:
         x[:, :, :longest].masked_fill(beyond[:, None, :, None], 0) for x in (layer.hot_k, layer.hot_v)
     )
     return {
-        "pages": layer.pool.data[used],
+        "pages": convert(layer.pool.data[used], layer.format, layer.format.with_layout(_LAYOUT)),
         "block_table": _table([[number[page] for page in row] for row in lists]),
         "packed_len": layer.packed_len,
         "hot_len": layer.hot_len,
@@ -57,7 +60,8 @@ def restore(layer: PagedLayer, state: dict[str, Tensor]) -> None:
 
 
 def _fill(layer: PagedLayer, state: dict[str, Tensor], rows: list[list[int]]) -> None:
-    numbers = layer.pool.store(state["pages"])
+    pages = convert(state["pages"], layer.format.with_layout(_LAYOUT), layer.format)
+    numbers = layer.pool.store(pages)
     layer.pool.acquire([numbers[page] for row in rows for page in row])
     layer.pool.release(numbers)  # the table now holds the only references
     device, longest = layer.hot_k.device, state["hot_k"].shape[2]

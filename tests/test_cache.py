@@ -1,5 +1,7 @@
 """A model's cache: layers move together, bits are measured from bytes, files are whole or refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from bitkv.attention import attend
 from bitkv.cache import PagedCache
+from bitkv.pages import LAYOUTS
 from bitkv.recipe import parse
 
 RECIPES = ("fp16", "int8", "kivi4", "kivi2", "asymkv(1, 0)", "best2", "best1")
@@ -150,6 +153,35 @@ def test_sharing_and_cropping_survive_a_file_and_only_used_pages_are_written(tmp
         each.crop([0, 290, 0])
     assert loaded.usage == cache.usage
     assert_equal(outputs(cache), outputs(loaded))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_file_is_the_same_whatever_the_layout_of_pages_in_memory(recipe, tmp_path):
+    made = {}
+    for layout in LAYOUTS:
+        cache, made[layout] = PagedCache(recipe, 1, layout=layout), tmp_path / layout
+        torch.manual_seed(0)
+        k, v = tokens(2, 300)
+        cache.append(0, k, v)
+        assert cache.layers[0].format.key.layout == layout
+        cache.save(made[layout], model=MODEL)
+    first, second = (split_header(path.read_bytes()) for path in made.values())
+    assert first == second
+    for layout in LAYOUTS:
+        loaded = PagedCache(recipe, 1, layout=layout)
+        loaded.load(made["strided"], model=MODEL)
+        assert_equal(outputs_by_reference(cache), outputs_by_reference(loaded))
+
+
+def split_header(data: bytes) -> tuple[dict, bytes]:
+    """A safetensors file's header, whose metadata have no fixed order, and the bytes of its tensors."""
+    stop = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:stop]), data[stop:]
+
+
+def outputs_by_reference(cache: PagedCache) -> list[Tensor]:
+    q = torch.ones(2, 4, 3, 64).half()
+    return [attend(q, layer.view(), backend="reference")[0] for layer in cache.layers]
 
 
 def test_an_empty_cache_can_be_saved_and_loaded(tmp_path):

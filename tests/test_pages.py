@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitkv.pages import LAYOUTS, RAW_DTYPES, PageFormat, PartFormat, QuantizedTensor
+from bitkv.pages import LAYOUTS, RAW_DTYPES, PageFormat, PartFormat, QuantizedTensor, convert, layout_for
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (64, 128)
@@ -85,14 +85,15 @@ def test_groups_that_do_not_divide_are_refused(case):
         part(*case)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", RAW_DTYPES)
 @pytest.mark.parametrize("site", ["key", "value"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
-def test_unquantized_values_come_back_bit_for_bit(dtype, site, head_dim, page_size):
+def test_unquantized_values_come_back_bit_for_bit(dtype, site, head_dim, page_size, layout):
     x = torch.randn(page_size, head_dim).to(RAW_DTYPES[dtype])
     x[0, :4] = torch.tensor([torch.inf, -torch.inf, -0.0, torch.nan])
-    form = PartFormat(site, 8 * x.element_size(), "token", head_dim, head_dim, page_size, dtype)
+    form = PartFormat(site, 8 * x.element_size(), "token", head_dim, head_dim, page_size, dtype, layout)
     data = form.pack(QuantizedTensor(x, None, None, "token"))
     back = form.unpack(data).codes
     assert data.numel() == form.nbytes == x.nbytes
@@ -105,10 +106,11 @@ def test_unquantized_values_come_back_bit_for_bit(dtype, site, head_dim, page_si
     bits=st.sampled_from([1, 2, 4, 8]),
     page_size=st.sampled_from(PAGE_SIZES),
     head_dim=st.integers(1, 20).map(lambda n: 16 * n),
+    layout=st.sampled_from(list(LAYOUTS)),
 )
-def test_any_head_dim_that_is_a_multiple_of_16_packs(seed, site, bits, page_size, head_dim):
+def test_any_head_dim_that_is_a_multiple_of_16_packs(seed, site, bits, page_size, head_dim, layout):
     torch.manual_seed(seed)
-    form = part(*site, bits, "page", page_size, head_dim)
+    form = part(*site, bits, "page", page_size, head_dim, layout)
     q = random_codes(form, 2)
     assert_same(form.unpack(form.pack(q)), q)
 
@@ -161,6 +163,78 @@ def test_the_strided_layout_is_what_it_says(site, bits, head_dim, page_size):
     rows = q.codes if site == "key" else q.codes.T
     stored = bytes(form.pack(q)[: form.code_bytes].tolist())
     assert stored == strided_bytes(rows.tolist(), bits)
+
+
+def lanes_bytes(codes: list[list[int]], bits: int) -> bytes:
+    """The definition, element by element: 16 rows in the lanes of 64-byte vectors of 32 / bits columns.
+
+    The code at bit position p * bits of byte k of vector n is column n * (32 / bits) + 4p + k. Where 16
+    columns are left over (1 bit), two neighbouring blocks of rows share a vector after all others.
+    """
+    rows, columns = len(codes), len(codes[0])
+    per_vector = 32 // bits
+    vectors = columns // per_vector
+    data = bytearray(rows * columns * bits // 8)
+    for row, column in itertools.product(range(rows), range(columns)):
+        block, lane = divmod(row, 16)
+        n, place = divmod(column, per_vector)
+        p, k = divmod(place, 4)
+        vector = block * vectors + n
+        if n == vectors:
+            pair, second = divmod(block, 2)
+            vector, p = rows // 16 * vectors + pair, p + 4 * second
+        data[64 * vector + 4 * lane + k] |= codes[row][column] << p * bits
+    return bytes(data)
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("site", "page_size"), [("key", 64), ("value", 64), ("value", 128)])
+def test_the_lanes_layout_is_what_it_says(site, bits, head_dim, page_size):
+    form = part(site, "token", bits, "page", page_size, head_dim, "lanes")
+    q = random_codes(form)
+    rows = q.codes if site == "key" else q.codes.T
+    stored = bytes(form.pack(q)[: form.code_bytes].tolist())
+    assert stored == lanes_bytes(rows.tolist(), bits)
+
+
+@pytest.mark.parametrize("site", ["key", "value"])
+def test_unquantized_lanes_are_columns_of_16_rows(site):
+    form = PartFormat(site, 16, "token", 80, 80, 64, layout="lanes")
+    x = torch.randn(64, 80).half()
+    rows = x if site == "key" else x.T
+    expected = b"".join(half_bytes(block.T) for block in rows.split(16))
+    assert bytes(form.pack(QuantizedTensor(x, None, None, "token")).tolist()) == expected
+
+
+@pytest.mark.parametrize("case", VALID[::7], ids=str)
+def test_pages_convert_exactly_between_layouts(case):
+    _, _, *rest = case
+    value = part("value", "token", *rest) if divides("value", "token", *rest) else None
+    key = part(*case) if case[0] == "key" else part("key", "token", *rest)
+    strided = PageFormat(key, value or part("value", "token", 2, "page", key.page_size, key.head_dim))
+    lanes = strided.with_layout("lanes")
+    assert lanes.page_bytes == strided.page_bytes
+    pages = strided.pack(random_codes(strided.key, 3, 2), random_codes(strided.value, 3, 2))
+    moved = convert(pages, strided, lanes)
+    assert not torch.equal(moved, pages)
+    for x, y in zip(strided.unpack(pages), lanes.unpack(moved), strict=True):
+        assert_same(x, y)
+    assert torch.equal(convert(moved, lanes, strided), pages)
+    assert convert(pages[:0], strided, lanes).shape == pages[:0].shape
+
+
+def test_cpus_read_lanes_and_other_devices_the_layout_of_files():
+    assert layout_for(torch.device("cpu")) == "lanes"
+    assert layout_for(torch.device("cuda", 0)) == next(iter(LAYOUTS)) == "strided"
+
+
+def test_native_kernels_get_a_part_as_the_numbers_of_csrc_page_h():
+    assert part("key", "channel", 2, 32, 64, 96).numbers == (2, 64, 96, 32, False, 0)
+    assert part("key", "token", 4, 32, 64, 96).numbers == (4, 64, 96, 32, True, 0)
+    assert part("value", "token", 1, "page", 128, 80).numbers == (1, 80, 128, 80, False, 0)
+    raw = PartFormat("value", 16, "token", 96, 96, 64, "bfloat16")
+    assert raw.numbers == (16, 96, 64, 96, False, 1)
 
 
 def half_bytes(x: Tensor) -> bytes:

@@ -18,6 +18,7 @@ PACKAGE = Path(bitkv.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 # each module may import those of the lines above it; the last line is open to new names
 CORE = [
+    ["native", "memory"],
     ["pages", "pool", "files"],
     ["codecs", "view"],
     ["recipe"],

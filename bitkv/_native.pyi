@@ -1,0 +1,40 @@
+"""The compiled kernels of bitkv/csrc. A tensor is its address; a part is `PartFormat.numbers`.
+
+dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes for pages.
+"""
+
+_Part = tuple[int, int, int, int, bool, int]
+
+def isas() -> list[str]:
+    """The instruction sets this CPU can run, best first."""
+
+def attend(
+    isa: str,
+    queries: tuple[int, int, int, int, int],  # q, out, lse, positions, dtype
+    shape: tuple[int, int, int, int, int],  # batch, heads, kv_heads, queries, head_dim
+    parts: tuple[_Part, _Part],
+    pages: tuple[int, int, int],  # data, number, page_size
+    tables: tuple[int, int, int],  # block_table, its width, packed_len
+    # hot_k, hot_v, hot_len, dtype, capacity, batch stride, head stride, num_sink_tokens
+    hot: tuple[int, int, int, int, int, int, int, int],
+    scoring: tuple[float, int, float],  # scale, window, softcap
+    threads: int,
+    /,
+) -> None:
+    """Fill `out` and `lse`; ValueError for lengths and page numbers outside the tensors."""
+
+def encode(
+    isa: str,
+    x: int,
+    dtype: int,
+    strides: tuple[int, int, int],  # page, head, token
+    shape: tuple[int, int, int, int],  # pages, heads, page_size, head_dim
+    part: _Part,
+    is_key: bool,
+    levels: int,
+    out: int,
+    out_strides: tuple[int, int],  # page, head
+    threads: int,
+    /,
+) -> None:
+    """Quantize and pack one part of some pages into `out`."""

@@ -1,0 +1,131 @@
+"""Attention on CPUs by the native kernels of bitkv/csrc, as the operator `bitkv::cpu_attend`.
+
+The kernels read pages as they lie in memory: codes meet queries and probabilities in integer dot
+products, and scales are folded into those once a group.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bitkv import native
+from bitkv.attention.base import AttentionRequest, Backend
+from bitkv.pages import LANES, PageFormat
+
+_LARGEST_HEAD_DIM = 256
+_EVERY_TOKEN = 2**62  # a window that hides nothing
+
+
+def _attend(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    packed_len: Tensor,
+    hot_k: Tensor,
+    hot_v: Tensor,
+    hot_len: Tensor,
+    positions: Tensor,
+    key: Sequence[int],
+    value: Sequence[int],
+    page_size: int,
+    num_sink_tokens: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
+
+    Args:
+        key, value: `PartFormat.numbers` of the two halves of a page.
+        window: `2**62` for none.
+        softcap: 0 for none.
+
+    Raises:
+        ValueError: a length or a page number that leads outside its tensor.
+    """
+    q, pages = q.contiguous(), pages.contiguous()
+    block_table, packed_len, hot_len = (
+        x.to(torch.int32).contiguous() for x in (block_table, packed_len, hot_len)
+    )
+    positions = positions.to(torch.int64).contiguous()
+    if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
+        hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
+    batch, heads, queries, head_dim = q.shape
+    _, kv_heads, capacity, _ = hot_k.shape
+    out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
+    tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), positions.data_ptr())
+    hot = (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr(), native.DTYPES[hot_k.dtype])
+    native.module().attend(
+        native.isa(),
+        (*tensors, native.DTYPES[q.dtype]),
+        (batch, heads, kv_heads, queries, head_dim),
+        (tuple(key), tuple(value)),
+        (pages.data_ptr(), pages.shape[0], page_size),
+        (block_table.data_ptr(), block_table.shape[1], packed_len.data_ptr()),
+        (*hot, capacity, *hot_k.stride()[:2], num_sink_tokens),
+        (scale, window, softcap),
+        torch.get_num_threads(),
+    )
+    return out, lse
+
+
+cpu_attend = torch.library.custom_op("bitkv::cpu_attend", _attend, mutates_args=(), device_types="cpu")
+
+
+@cpu_attend.register_fake
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Softmax attention with sums in float32; see `Backend.run`."""
+    q, view, form = request.q, request.view, request.view.format
+    # the operator's dispatch in Python takes longer than attention over a short context
+    plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    return (_attend if plain else cpu_attend)(
+        q,
+        view.pages,
+        view.block_table,
+        view.packed_len,
+        view.hot_k,
+        view.hot_v,
+        view.hot_len,
+        request.positions,
+        form.key.numbers,
+        form.value.numbers,
+        form.page_size,
+        view.num_sink_tokens,
+        request.scale,
+        _EVERY_TOKEN if request.window is None else request.window,
+        request.softcap or 0.0,
+    )
+
+
+def _refuse(request: AttentionRequest) -> str | None:
+    q, view = request.q, request.view
+    if q.device.type != "cpu":
+        return f"it got tensors on {q.device}, and takes tensors on the CPU"
+    return native.why_not() or _refuse_dtypes(q, view.hot_k) or _refuse_format(view.format)
+
+
+def _refuse_dtypes(*tensors: Tensor) -> str | None:
+    for x in tensors:
+        if x.dtype not in native.DTYPES:
+            return f"it got {x.dtype}, and takes float16, bfloat16 and float32"
+    return None
+
+
+def _refuse_format(form: PageFormat) -> str | None:
+    if form.key.layout != "lanes":
+        return f"it got pages of the layout {form.key.layout!r}, and takes 'lanes'"
+    if form.head_dim > _LARGEST_HEAD_DIM:
+        return f"it got head_dim {form.head_dim}, and takes at most {_LARGEST_HEAD_DIM}"
+    for part in (form.key, form.value):
+        if part.group_size % LANES:
+            return f"it got groups of {part.group_size}, and takes multiples of {LANES}"
+    return None
+
+
+BACKEND = Backend("cpu", attend, _refuse)

@@ -1,0 +1,11 @@
+// The kernels for any CPU.
+#include "isa_headers.h"
+#include "simd_portable.h"
+
+#define BITKV_ISA portable
+#include "attend.h"
+#include "quantize.h"
+
+namespace bitkv {
+const Kernels kPortable{"portable", portable::attend, portable::encode};
+}

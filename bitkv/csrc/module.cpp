@@ -1,0 +1,174 @@
+// The Python module bitkv._native; bitkv/_native.pyi says what its arguments are. Tensors come as
+// addresses, because DLPack costs microseconds for each.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/string_view.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace nb = nanobind;
+
+namespace bitkv {
+namespace {
+
+using Address = uintptr_t;
+using PartNumbers = std::tuple<int, int, int, int, bool, int>;
+
+template <class T>
+T* at(Address address) { return reinterpret_cast<T*>(address); }
+
+Part part_of(const PartNumbers& numbers) {
+  const auto& [bits, rows, columns, group, row_scales, dtype] = numbers;
+  return {bits, rows, columns, group, row_scales, DType(dtype)};
+}
+
+const std::vector<const Kernels*>& supported() {
+  static const std::vector<const Kernels*> all = [] {
+    std::vector<const Kernels*> found;
+#if defined(__x86_64__)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512vnni");
+    if (avx512) found.push_back(&kAvx512);
+    if (avx2) found.push_back(&kAvx2);
+#endif
+    found.push_back(&kPortable);
+    return found;
+  }();
+  return all;
+}
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : supported()) names.emplace_back(kernels->name);
+  return names;
+}
+
+const Kernels& find(std::string_view isa) {
+  for (const Kernels* kernels : supported())
+    if (isa == kernels->name) return *kernels;
+  throw std::invalid_argument("this CPU has no instruction set '" + std::string(isa) + "'");
+}
+
+// Whoever calls owns the tensors' sizes; their contents are looked at here, so that no table of pages
+// and no length leads outside them.
+void check(const AttendRequest& r, int64_t num_pages, int hot_capacity) {
+  for (int b = 0; b < r.batch; ++b) {
+    const int pages = r.packed_len[b] / r.page_size;
+    if (r.packed_len[b] < 0 || pages > r.table_width)
+      throw std::invalid_argument("packed_len " + std::to_string(r.packed_len[b]) + " of sequence " +
+                                  std::to_string(b) + " does not fit a block table of " +
+                                  std::to_string(r.table_width) + " pages");
+    if (r.hot_len[b] < 0 || r.hot_len[b] > hot_capacity)
+      throw std::invalid_argument("hot_len " + std::to_string(r.hot_len[b]) + " of sequence " +
+                                  std::to_string(b) + " does not fit a hot window of " +
+                                  std::to_string(hot_capacity) + " tokens");
+    const int32_t* table = r.block_table + int64_t(b) * r.table_width;
+    bool inside = true;
+    for (int i = 0; i < pages; ++i) inside &= table[i] >= 0 && table[i] < num_pages;
+    if (!inside)
+      throw std::invalid_argument("the block table of sequence " + std::to_string(b) +
+                                  " names a page outside a pool of " + std::to_string(num_pages));
+  }
+}
+
+using Queries = std::tuple<Address, Address, Address, Address, int>;  // q, out, lse, positions, dtype
+using Shape = std::tuple<int, int, int, int, int>;                   // batch ... head_dim
+using Parts = std::tuple<PartNumbers, PartNumbers>;
+using Pages = std::tuple<Address, int64_t, int>;  // data, number, page_size
+using Tables = std::tuple<Address, int, Address>;  // block_table, its width, packed_len
+using Hot = std::tuple<Address, Address, Address, int, int, int64_t, int64_t, int>;
+using Scoring = std::tuple<float, int64_t, float>;  // scale, window, softcap
+
+void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, const Parts& parts,
+            const Pages& pool, const Tables& tables, const Hot& hot, const Scoring& scoring, int threads) {
+  const auto& [q, out, lse, positions, dtype] = q_tensors;
+  const auto& [batch, heads, kv_heads, queries, head_dim] = shape;
+  const auto& [pages, num_pages, page_size] = pool;
+  const auto& [block_table, table_width, packed_len] = tables;
+  const auto& [hot_k, hot_v, hot_len, hot_dtype, hot_capacity, batch_stride, head_stride, sinks] = hot;
+  const auto& [scale, window, softcap] = scoring;
+  const AttendRequest request{
+      .q = at<const void>(q),
+      .out = at<void>(out),
+      .lse = at<float>(lse),
+      .dtype = DType(dtype),
+      .batch = batch,
+      .heads = heads,
+      .kv_heads = kv_heads,
+      .queries = queries,
+      .head_dim = head_dim,
+      .key = part_of(std::get<0>(parts)),
+      .value = part_of(std::get<1>(parts)),
+      .pages = at<const uint8_t>(pages),
+      .page_size = page_size,
+      .block_table = at<const int32_t>(block_table),
+      .table_width = table_width,
+      .packed_len = at<const int32_t>(packed_len),
+      .hot_k = at<const void>(hot_k),
+      .hot_v = at<const void>(hot_v),
+      .hot_dtype = DType(hot_dtype),
+      .hot_batch_stride = batch_stride,
+      .hot_head_stride = head_stride,
+      .hot_len = at<const int32_t>(hot_len),
+      .num_sink_tokens = sinks,
+      .positions = at<const int64_t>(positions),
+      .scale = scale,
+      .window = window,
+      .softcap = softcap,
+      .threads = threads,
+  };
+  const Kernels& kernels = find(isa);
+  const nb::gil_scoped_release released;
+  check(request, num_pages, hot_capacity);
+  kernels.attend(request);
+}
+
+void encode(std::string_view isa, Address x, int dtype, std::tuple<int64_t, int64_t, int64_t> strides,
+            std::tuple<int, int, int, int> shape, const PartNumbers& part, bool is_key, int levels,
+            Address out, std::tuple<int64_t, int64_t> out_strides, int threads) {
+  const auto [page_stride, head_stride, token_stride] = strides;
+  const auto [pages, heads, page_size, head_dim] = shape;
+  const auto [out_page_stride, out_head_stride] = out_strides;
+  const EncodeRequest request{
+      .x = at<const void>(x),
+      .dtype = DType(dtype),
+      .page_stride = page_stride,
+      .head_stride = head_stride,
+      .token_stride = token_stride,
+      .pages = pages,
+      .heads = heads,
+      .page_size = page_size,
+      .head_dim = head_dim,
+      .part = part_of(part),
+      .is_key = is_key,
+      .levels = Levels(levels),
+      .out = at<uint8_t>(out),
+      .out_page_stride = out_page_stride,
+      .out_head_stride = out_head_stride,
+      .threads = threads,
+  };
+  const Kernels& kernels = find(isa);
+  const nb::gil_scoped_release released;
+  kernels.encode(request);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("isas", isas);
+  m.def("attend", attend);
+  m.def("encode", encode);
+}
+
+}  // namespace bitkv
