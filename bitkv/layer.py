@@ -15,9 +15,8 @@ from bitkv.pages import PageFormat, layout_for
 from bitkv.pool import PagePool
 from bitkv.view import CacheView
 
-_TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")
+_TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")  # none while empty
 _CPU = torch.device("cpu")
-_PAGES_AT_ONCE = 16  # quantized together: bounds the float32 temporaries of a long prompt
 
 
 class Usage(NamedTuple):
@@ -62,6 +61,9 @@ class PagedLayer:
     def reset(self) -> None:
         """Forget everything, shapes included, and free its memory."""
         self._format: PageFormat | None = None
+        # the truth about each sequence: its pages and its hot tokens; reading tensors would take longer
+        self._tables: list[list[int]] = []
+        self._hot: list[int] = []
         for name in _TENSORS:
             vars(self).pop(name, None)
 
@@ -100,11 +102,24 @@ class PagedLayer:
         batch, heads, _, head_dim = k.shape
         self._format = self.page_format(head_dim, k.dtype, k.device)
         self.pool = PagePool(heads, self._format.page_bytes, k.device)
-        self.block_table = torch.zeros(batch, 0, dtype=torch.int32, device=k.device)
-        self.packed_len = torch.zeros(batch, dtype=torch.int32, device=k.device)
-        self.hot_len = torch.zeros_like(self.packed_len)
         self.hot_k = k.new_empty(batch, heads, self.hot_capacity, head_dim)
         self.hot_v = torch.empty_like(self.hot_k)
+        self.set_sequences([[] for _ in range(batch)], [0] * batch)
+
+    def set_sequences(self, tables: Sequence[Sequence[int]], hot: Sequence[int]) -> None:
+        """Make these the pages and the number of hot tokens of each sequence; the tensors follow."""
+        self._tables, self._hot = [list(row) for row in tables], list(hot)
+        width = max(map(len, self._tables), default=0)
+        rows = [row + [0] * (width - len(row)) for row in self._tables]
+        table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
+        self.block_table = table.to(self.hot_k.device)
+        self._set_lengths()
+
+    def _set_lengths(self) -> None:
+        packed = [len(row) * self.page_size for row in self._tables]
+        self.packed_len, self.hot_len = (
+            torch.tensor(x, dtype=torch.int32, device=self.hot_k.device) for x in (packed, self._hot)
+        )
 
     # --- growing -------------------------------------------------------------------------------
 
@@ -126,49 +141,58 @@ class PagedLayer:
         if self.is_empty:
             self.allocate(k)
         k, v = k.detach(), v.detach()
-        old = self.hot_len.tolist()
-        counts = [k.shape[2]] * len(old) if real is None else real.sum(1).tolist()
-        needed = max((a + b for a, b in zip(old, counts, strict=True)), default=0)
+        count, starts = k.shape[2], self._hot
+        counts = [count] * len(starts) if real is None else real.sum(1).tolist()
+        lengths = [a + b for a, b in zip(starts, counts, strict=True)]
+        needed = max(lengths, default=0)
         if needed > self.hot_k.shape[2]:
             self._resize_hot(needed)
-        for b, (start, count) in enumerate(zip(old, counts, strict=True)):
+        if real is None and starts.count(needed - count) == len(starts):
+            self.hot_k.narrow(2, needed - count, count).copy_(k)
+            self.hot_v.narrow(2, needed - count, count).copy_(v)
+            self._hot = lengths
+            self.hot_len.add_(count)
+            return
+        for b, (start, stop) in enumerate(zip(starts, lengths, strict=True)):
             rows = slice(None) if real is None else real[b]
-            self.hot_k[b, :, start : start + count] = k[b, :, rows]
-            self.hot_v[b, :, start : start + count] = v[b, :, rows]
-        self.hot_len += torch.tensor(counts, dtype=torch.int32, device=self.hot_len.device)
+            self.hot_k[b, :, start:stop] = k[b, :, rows]
+            self.hot_v[b, :, start:stop] = v[b, :, rows]
+        self._hot = lengths
+        self._set_lengths()
 
     def commit(self) -> None:
         """Pack the oldest recent tokens into pages where a full page has left the window."""
         limit = self.hot_capacity
-        for b, length in enumerate(self.hot_len.tolist()):
-            if length >= limit:
-                num_pages = 1 + (length - limit) // self.page_size
-                self._pack_oldest(b, length, num_pages)
+        if max(self._hot, default=0) >= limit:
+            for b, length in enumerate(self._hot):
+                if length >= limit:
+                    self._pack_oldest(b, 1 + (length - limit) // self.page_size)
+            self._set_lengths()
         if self.hot_k.shape[2] > limit:
             self._resize_hot(limit)
 
-    def _pack_oldest(self, b: int, length: int, num_pages: int) -> None:
-        start = self.num_sink_tokens
-        stop = start + num_pages * self.page_size
-        table: list[int] = []
-        self.pool.make_room(num_pages)
-        for i in range(0, num_pages, _PAGES_AT_ONCE):
-            span = slice(start + i * self.page_size, stop)
-            tokens = min(_PAGES_AT_ONCE, num_pages - i) * self.page_size
-            k, v = (x[b, :, span][:, :tokens] for x in (self.hot_k, self.hot_v))
-            table += self.pool.store(self._quantize(k, v))
-        used = int(self.packed_len[b]) // self.page_size
+    def _pack_oldest(self, b: int, num_pages: int) -> None:
+        start, length, used = self.num_sink_tokens, self._hot[b], len(self._tables[b])
+        pages, stop = self.pool.take(num_pages), start
+        for first, count in _runs(pages):
+            begin, stop = stop, stop + count * self.page_size
+            self._encode(b, begin, stop, self.pool.data[first : first + count])
         self._widen_table(used + num_pages)
-        self.block_table[b, used : used + num_pages] = torch.tensor(table, dtype=torch.int32)
+        self.block_table[b, used : used + num_pages] = torch.tensor(pages, dtype=torch.int32)
         for hot in (self.hot_k, self.hot_v):
             hot[b, :, start : start + length - stop] = hot[b, :, stop:length].clone()
-        self.packed_len[b] += num_pages * self.page_size
-        self.hot_len[b] -= num_pages * self.page_size
+        self._tables[b] += pages
+        self._hot[b] = start + length - stop
 
-    def _quantize(self, k: Tensor, v: Tensor) -> Tensor:
-        """Page bytes `[n, Hkv, page_bytes]` of tokens `[Hkv, n * page_size, D]`."""
-        k, v = (torch.unflatten(x, 1, (-1, self.page_size)).transpose(0, 1) for x in (k, v))
-        return self.format.pack(self.key.quantize(k), self.value.quantize(v))
+    def _encode(self, b: int, start: int, stop: int, out: Tensor) -> None:
+        """Write hot tokens `start` to `stop` of a sequence into pages `[n, Hkv, page_bytes]`."""
+        parts = torch.split(out, [self.format.key.nbytes, self.format.value.nbytes], dim=-1)
+        for codec, form, hot, part in (
+            (self.key, self.format.key, self.hot_k, parts[0]),
+            (self.value, self.format.value, self.hot_v, parts[1]),
+        ):
+            x = torch.unflatten(hot[b, :, start:stop], 1, (-1, self.page_size))
+            codec.encode(x.transpose(0, 1), form, part)
 
     def _widen_table(self, num_pages: int) -> None:
         width = self.block_table.shape[1]
@@ -201,13 +225,13 @@ class PagedLayer:
             )
         if self.is_empty:
             return
-        mine, other = self.hot_k, k
-        if mine.device != other.device:
+        mine = self.hot_k
+        if mine.device != k.device:
             raise ValueError(
-                f"the cache is on {mine.device}, the new tokens on {other.device}; move them there"
+                f"the cache is on {mine.device}, the new tokens on {k.device}; move them there"
             )
-        expected, got = ((x.shape[0], x.shape[1], x.shape[3], str(x.dtype)) for x in (mine, other))
-        if expected != got:
+        if k.shape[:2] != mine.shape[:2] or k.shape[3] != mine.shape[3] or k.dtype != mine.dtype:
+            expected, got = ((*x.shape[:2], x.shape[3], str(x.dtype)) for x in (mine, k))
             raise ValueError(
                 f"new tokens have (batch, heads, head_dim, dtype) {got}, the cache {expected}; "
                 "reset the cache or pass matching tensors"
@@ -226,7 +250,7 @@ class PagedLayer:
         """
         if self.is_empty:
             return
-        old = (self.packed_len + self.hot_len).tolist()
+        old = self.lengths
         if len(lengths) != len(old):
             raise ValueError(f"crop got {len(lengths)} lengths for a batch of {len(old)}")
         for b, (new, now) in enumerate(zip(lengths, old, strict=True)):
@@ -234,22 +258,23 @@ class PagedLayer:
                 raise ValueError(f"cannot crop sequence {b} of {now} tokens to {new} tokens")
         for b, new in enumerate(lengths):
             self._crop_sequence(b, new)
+        self.set_sequences(self._tables, self._hot)
 
     def _crop_sequence(self, b: int, length: int) -> None:
-        sinks, packed = self.num_sink_tokens, int(self.packed_len[b])
+        sinks, pages = self.num_sink_tokens, self._tables[b]
+        packed = len(pages) * self.page_size
         if length >= sinks + packed or packed == 0:
-            self.hot_len[b] = length - packed
+            self._hot[b] = length - packed
             return
         in_pages = max(length - sinks, 0)
         keep, partial = divmod(in_pages, self.page_size)
-        pages = self.block_table[b, : packed // self.page_size].tolist()
         if partial:
             k, v = self._dequantize([pages[keep]])
             self.hot_k[b, :, sinks : sinks + partial] = k[0, :, :partial]
             self.hot_v[b, :, sinks : sinks + partial] = v[0, :, :partial]
         self.pool.release(pages[keep:])
-        self.packed_len[b] = keep * self.page_size
-        self.hot_len[b] = min(length, sinks) + partial
+        self._tables[b] = pages[:keep]
+        self._hot[b] = min(length, sinks) + partial
 
     def gather(self, indices: Tensor) -> None:
         """Make the batch `indices` `[B']` of the present one: reorder, repeat or select.
@@ -261,30 +286,28 @@ class PagedLayer:
         """
         if self.is_empty:
             return
-        indices = indices.to(self.hot_k.device)
-        old = self.page_lists()
-        if not all(0 <= b < len(old) for b in indices.tolist()):
+        chosen, old = indices.tolist(), self._tables
+        if not all(0 <= b < len(old) for b in chosen):
             raise ValueError(
-                f"cannot gather sequences {indices.tolist()} of a batch of {len(old)}; "
-                f"pass 0 to {len(old) - 1}"
+                f"cannot gather sequences {chosen} of a batch of {len(old)}; pass 0 to {len(old) - 1}"
             )
-        pages = [page for b in indices.tolist() for page in old[b]]
-        self.pool.acquire(pages)
+        self.pool.acquire([page for b in chosen for page in old[b]])
         self.pool.release([page for row in old for page in row])
-        for name in ("block_table", "packed_len", "hot_len", "hot_k", "hot_v"):
-            setattr(self, name, getattr(self, name).index_select(0, indices))
+        indices = indices.to(self.hot_k.device)
+        self.hot_k, self.hot_v = (x.index_select(0, indices) for x in (self.hot_k, self.hot_v))
+        self.set_sequences([old[b] for b in chosen], [self._hot[b] for b in chosen])
 
     def page_lists(self) -> list[list[int]]:
         """The pages of each sequence, in order."""
-        counts = (self.packed_len // self.page_size).tolist()
-        return [row[:n] for row, n in zip(self.block_table.tolist(), counts, strict=True)]
+        return [list(row) for row in self._tables]
 
     # --- reading -------------------------------------------------------------------------------
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
-        return [] if self.is_empty else (self.packed_len + self.hot_len).tolist()
+        pairs = zip(self._tables, self._hot, strict=True)
+        return [len(pages) * self.page_size + hot for pages, hot in pairs]
 
     def view(self) -> CacheView:
         """The tensors that attention reads."""
@@ -304,8 +327,8 @@ class PagedLayer:
         longest = max(self.lengths)
         batch, heads, _, head_dim = self.hot_k.shape
         k, v = (self.hot_k.new_zeros(batch, heads, longest, head_dim) for _ in range(2))
-        for b, pages in enumerate(self.page_lists()):
-            packed, hot = int(self.packed_len[b]), int(self.hot_len[b])
+        for b, (pages, hot) in enumerate(zip(self._tables, self._hot, strict=True)):
+            packed = len(pages) * self.page_size
             sinks = min(hot, self.num_sink_tokens)
             bodies = self._dequantize(pages)
             for out, store, body in zip((k, v), (self.hot_k, self.hot_v), bodies, strict=True):
@@ -336,10 +359,19 @@ class PagedLayer:
             return Usage(0, 0, 0, 0)
         _, heads, _, head_dim = self.hot_k.shape
         per_token = 2 * heads * head_dim
-        hot_elements = int(self.hot_len.sum()) * per_token
+        hot_elements = sum(self._hot) * per_token
         return Usage(
             page_bytes=self.pool.num_used * heads * self.format.page_bytes,
             page_elements=self.pool.num_used * self.page_size * per_token,
             hot_bytes=hot_elements * self.hot_k.dtype.itemsize,
             hot_elements=hot_elements,
         )
+
+
+def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours that count up by one, as first number and length."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[start], i - start
+            start = i

@@ -34,12 +34,17 @@ class PagePool:
         """How many block-table entries name this page."""
         return self._references[page]
 
-    def store(self, pages: Tensor) -> list[int]:
-        """Copy `[n, Hkv, page_bytes]` into free pages, each with one reference; their indices."""
-        self.make_room(len(pages))
-        indices = [self._free.pop() for _ in range(len(pages))]
+    def take(self, num_pages: int) -> list[int]:
+        """The indices of free pages, now with one reference each; whoever takes them writes them."""
+        self.make_room(num_pages)
+        indices = [self._free.pop() for _ in range(num_pages)]
         for index in indices:
             self._references[index] = 1
+        return indices
+
+    def store(self, pages: Tensor) -> list[int]:
+        """Copy `[n, Hkv, page_bytes]` into free pages, each with one reference; their indices."""
+        indices = self.take(len(pages))
         self.data[torch.tensor(indices, device=self.data.device)] = pages
         return indices
 

@@ -64,10 +64,8 @@ def _fill(layer: PagedLayer, state: dict[str, Tensor], rows: list[list[int]]) ->
     numbers = layer.pool.store(pages)
     layer.pool.acquire([numbers[page] for row in rows for page in row])
     layer.pool.release(numbers)  # the table now holds the only references
-    device, longest = layer.hot_k.device, state["hot_k"].shape[2]
-    layer.block_table = _table([[numbers[page] for page in row] for row in rows]).to(device)
-    layer.packed_len = state["packed_len"].clone()
-    layer.hot_len = state["hot_len"].clone()
+    layer.set_sequences([[numbers[page] for page in row] for row in rows], state["hot_len"].tolist())
+    longest = state["hot_k"].shape[2]
     layer.hot_k[:, :, :longest] = state["hot_k"]
     layer.hot_v[:, :, :longest] = state["hot_v"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from bitkv import PagedLayer, Recipe, attend, parse
+from bitkv import PagedLayer, Recipe, attend, native, parse
 from bitkv.attention import BACKENDS, Backend
 from bitkv.benchmark import (
     Environment,
@@ -174,8 +174,11 @@ def test_cold_copies_fill_the_cache_twice() -> None:
 # --- rows ------------------------------------------------------------------------------------------
 
 
+AUTO = "reference" if native.why_not() else "cpu"
+
+
 def test_bytes_by_hand(report: Report) -> None:
-    (row,) = (r for r in report.rows if key(r) == ("attend", "reference", "kivi2", 1024))
+    (row,) = (r for r in report.rows if key(r) == ("attend", AUTO, "kivi2", 1024))
     # 1024 tokens: 7 pages and 128 hot; a page of a head: K and V with 4096 bytes of 2-bit codes and
     # 512 groups of 4 bytes each
     pages, hot = 7 * 2 * 2 * (4096 + 512 * 4), 128 * 2 * 2 * 128 * 2
@@ -192,7 +195,7 @@ def key(row: Row) -> tuple[str, str, str, int]:
 def test_a_row_for_each_combination(report: Report) -> None:
     recipes = ["kivi2", str(Recipe(*parse("int8").codecs(0)))]
     expected = {("attend", f"sdpa-{h}", d) for h in ("gqa", "grouped") for d in ("bfloat16", "float32")}
-    expected |= {(op, "reference", recipe) for op in ("attend", "append") for recipe in recipes}
+    expected |= {(op, AUTO, recipe) for op in ("attend", "append") for recipe in recipes}
     assert {key(r) for r in report.rows} == {(*e, c) for e in expected for c in (100, 1024)}
     assert len(report.rows) == 2 * len(expected)
     assert report.refused == ()
@@ -214,7 +217,7 @@ def test_a_refusal_is_a_sentence_and_no_row(monkeypatch: pytest.MonkeyPatch) -> 
     shape = {"heads": 2, "kv_heads": 1, "head_dim": 16}
     report = run(["int8", "kivi2"], [64, 200], backend="all", quick=True, **shape)
     packed = {(row.backend, row.recipe) for row in report.rows if not row.is_sdpa}
-    assert packed == {("reference", "int8")}
+    assert packed == {(AUTO, "int8"), ("reference", "int8")}
     assert report.refused == (
         "int8: backend 'picky' refused: head_dim 16; it takes 128",
         "kivi2: head_dim 16 is not a multiple of group_size 32; "

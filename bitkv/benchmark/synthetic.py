@@ -84,11 +84,9 @@ def synthetic_layer(recipe: Recipe, shape: Shape, context: int, *, spare_pages: 
 
 def _repeat_pages(layer: PagedLayer, num_pages: int) -> None:
     """Copy each sequence's pages behind one another until it has `num_pages`."""
-    distinct = int(layer.packed_len[0]) // layer.page_size
-    table = layer.block_table[:, :distinct].tolist()
-    for row in table:
+    tables, hot = layer.page_lists(), layer.hot_len.tolist()
+    for row in tables:
         source = layer.pool.data[row]
         while missing := num_pages - len(row):
             row += layer.pool.store(source[:missing])
-    layer.block_table = torch.tensor(table, dtype=torch.int32)
-    layer.packed_len.fill_(num_pages * layer.page_size)
+    layer.set_sequences(tables, hot)

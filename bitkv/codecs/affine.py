@@ -16,7 +16,7 @@ Levels are float16: values beyond ±65504 saturate.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from bitkv.codecs.base import Codec
 from bitkv.pages import CODE_BITS, Granularity, PartFormat, QuantizedTensor
 
 Levels = Literal["minmax", "mse", "unbiased"]
+LEVELS: tuple[Levels, ...] = get_args(Levels)  # in the order of `Levels` in csrc/kernels.h
 
 _SCALE_LIMITS = (2.0**-24, 65504.0)  # the smallest and the largest float16
 _CLIPS = {1: (1.0,), 2: (0.95, 0.8, 0.65, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}
@@ -54,7 +55,7 @@ class Affine(Codec):
             ("bits", CODE_BITS),
             ("granularity", ("channel", "token")),
             ("group_size", (32, 64, 128, "page")),
-            ("levels", ("minmax", "mse", "unbiased")),
+            ("levels", LEVELS),
         ):
             value = getattr(self, name)
             if value not in allowed or isinstance(value, (bool, float)):
@@ -75,6 +76,10 @@ class Affine(Codec):
         return PartFormat(
             site, self.bits, self.granularity, group_size, head_dim, page_size, layout=layout
         )
+
+    @property
+    def native_levels(self) -> int:
+        return LEVELS.index(self.levels)
 
     def quantize(self, x: Tensor) -> QuantizedTensor:
         axis = -2 if self.granularity == "channel" else -1

@@ -7,7 +7,10 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+from bitkv.codecs.compiled import encode_natively
 from bitkv.pages import PartFormat, QuantizedTensor
+
+_PAGES_AT_ONCE = 16  # quantized together: bounds the float32 temporaries of a long prompt
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,26 @@ class Codec(ABC):
     @abstractmethod
     def quantize(self, x: Tensor) -> QuantizedTensor:
         """Codes of `x`, shape `[..., page_size, head_dim]`."""
+
+    def encode(self, x: Tensor, form: PartFormat, out: Tensor | None = None) -> Tensor:
+        """Bytes `[n, H, nbytes]` of pages of tokens `x` `[n, H, page_size, head_dim]`.
+
+        Args:
+            form: the codec's own `part_format`.
+            out: where to write them.
+        """
+        if out is None:
+            out = x.new_empty(*x.shape[:2], form.nbytes, dtype=torch.uint8)
+        if not encode_natively(x, form, self.native_levels, out):
+            for i in range(0, len(x), _PAGES_AT_ONCE):
+                span = slice(i, i + _PAGES_AT_ONCE)
+                out[span] = form.pack(self.quantize(x[span]))
+        return out
+
+    @property
+    def native_levels(self) -> int | None:
+        """Its levels as native kernels count them (`Levels` in csrc/kernels.h); None: they have none."""
+        return None
 
     def dequantize(self, q: QuantizedTensor) -> Tensor:
         """Float32 values `[..., page_size, head_dim]`."""

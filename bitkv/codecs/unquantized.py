@@ -27,5 +27,9 @@ class Unquantized(Codec):
         bits = 8 * dtype.itemsize
         return PartFormat(site, bits, "token", head_dim, head_dim, page_size, name, layout)
 
+    @property
+    def native_levels(self) -> int:
+        return 0  # pages hold the values themselves
+
     def quantize(self, x: Tensor) -> QuantizedTensor:
         return QuantizedTensor(x, None, None, "token")
