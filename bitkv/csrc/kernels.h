@@ -1,0 +1,78 @@
+// What the instruction sets implement, once each: a table of functions chosen at run time.
+#pragma once
+
+#include <cstdint>
+
+#include "page.h"
+
+namespace bitkv {
+
+// One call of attention over a layer's cache; see bitkv/attention/base.py. All tensors are contiguous
+// but the hot window, whose strides (in elements) leave the last axis contiguous.
+struct AttendRequest {
+  const void* q;    // [batch, heads, queries, head_dim] of `dtype`
+  void* out;        // the same
+  float* lse;       // [batch, heads, queries]
+  DType dtype;
+  int batch, heads, kv_heads, queries, head_dim;
+
+  Part key, value;
+  const uint8_t* pages;  // [num_pages, kv_heads, key.nbytes() + value.nbytes()]
+  int page_size;
+  const int32_t* block_table;  // [batch, table_width]
+  int table_width;
+  const int32_t* packed_len;   // [batch]
+  const void* hot_k;           // [batch, kv_heads, capacity, head_dim] of `hot_dtype`
+  const void* hot_v;
+  DType hot_dtype;
+  int64_t hot_batch_stride, hot_head_stride;
+  const int32_t* hot_len;      // [batch]
+  int num_sink_tokens;
+
+  const int64_t* positions;  // [batch, queries], the last token each query sees; -1 for none
+  float scale;
+  int64_t window;  // tokens each query sees at most
+  float softcap;   // 0 for none
+  int threads;
+
+  size_t page_bytes() const { return key.nbytes() + value.nbytes(); }
+};
+
+enum class Levels : int { minmax = 0, mse = 1, unbiased = 2 };
+
+// One part (keys or values) of pages to quantize and pack.
+struct EncodeRequest {
+  const void* x;  // [pages, heads, page_size, head_dim], strides in elements, last axis contiguous
+  DType dtype;
+  int64_t page_stride, head_stride, token_stride;
+  int pages, heads, page_size, head_dim;
+  Part part;
+  bool is_key;    // else values: rows are channels
+  Levels levels;
+  uint8_t* out;   // the part's first byte in page 0, head 0
+  int64_t out_page_stride, out_head_stride;  // bytes
+  int threads;
+};
+
+struct Kernels {
+  const char* name;
+  void (*attend)(const AttendRequest&);
+  void (*encode)(const EncodeRequest&);
+};
+
+extern const Kernels kPortable;
+#if defined(__x86_64__)
+extern const Kernels kAvx2, kAvx512;
+#endif
+
+// Calls body(item) for item = 0 ... items - 1 on up to `threads` threads, which take items in turn.
+void parallel_for(int items, int threads, void (*body)(void* context, int item), void* context);
+
+template <class Body>
+void parallel_for(int items, int threads, const Body& body) {
+  parallel_for(
+      items, threads, [](void* context, int item) { (*static_cast<const Body*>(context))(item); },
+      const_cast<Body*>(&body));
+}
+
+}  // namespace bitkv

@@ -1,0 +1,123 @@
+// Sixteen lanes in one register: AVX-512 F, BW, DQ, VL and VNNI.
+#pragma once
+
+#include <immintrin.h>
+
+#include "page.h"
+
+namespace bitkv::avx512 {
+
+constexpr int kAccumulators = 16;  // registers a kernel may use for sums
+
+struct F { __m512 v; };   // float32
+struct I { __m512i v; };  // int32
+struct B { __m512i v; };  // four bytes a lane
+
+inline F load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline F load(const uint16_t* p, DType dtype) {  // f16 or bf16
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if (dtype == DType::f16) return {_mm512_cvtph_ps(x)};
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16))};
+}
+inline F load_half(const uint16_t* p) { return load(p, DType::f16); }
+inline void store(float* p, F x) { _mm512_storeu_ps(p, x.v); }
+inline void store_half(uint16_t* p, F x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x.v, _MM_FROUND_TO_NEAREST_INT));
+}
+inline F set(float x) { return {_mm512_set1_ps(x)}; }
+inline F operator+(F a, F b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline F operator-(F a, F b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline F operator*(F a, F b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline F operator/(F a, F b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline F fma(F a, F b, F c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline F max(F a, F b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline F min(F a, F b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline F abs(F a) { return {_mm512_abs_ps(a.v)}; }
+inline F round(F a) { return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+// lane by lane: a < b ? x : y
+inline F select_less(F a, F b, F x, F y) {
+  return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
+inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
+// 2^n for whole n; too small is 0
+inline F times_power_of_two(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline F round_to_half(F a) {  // to what float16 can hold
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))};
+}
+// lane i of x[j] and lane j of x[i] change places
+inline void transpose(F (&x)[kLanes]) {
+  __m512 y[kLanes];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_ps(x[i].v, x[i + 1].v);
+    y[i + 1] = _mm512_unpackhi_ps(x[i].v, x[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(y[i + j]), b = _mm512_castps_pd(y[i + j + 2]);
+      x[i + 2 * j].v = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      x[i + 2 * j + 1].v = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+  // x[4i + j] holds, in quarter q, rows 4i to 4i + 3 of column 4q + j
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(x[j].v, x[4 + j].v, 0x88), b = _mm512_shuffle_f32x4(x[j].v, x[4 + j].v, 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(x[8 + j].v, x[12 + j].v, 0x88), d = _mm512_shuffle_f32x4(x[8 + j].v, x[12 + j].v, 0xdd);
+    x[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    x[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    x[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    x[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+
+inline I zero_int() { return {_mm512_setzero_si512()}; }
+inline I to_int(F a) { return {_mm512_cvtps_epi32(a.v)}; }  // nearest, ties to even
+inline F to_float(I a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline I operator+(I a, I b) { return {_mm512_add_epi32(a.v, b.v)}; }
+inline I shift_left(I a, int by) { return {_mm512_slli_epi32(a.v, unsigned(by))}; }
+inline I load_int(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_int(void* p, I a) { _mm512_storeu_si512(p, a.v); }
+inline int sum(I a) { return _mm512_reduce_add_epi32(a.v); }
+inline void store_bytes(int8_t* p, I a) {  // numbers that fit in a byte
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
+}
+inline void store_unsigned_bytes(int8_t* p, I a) { store_bytes(p, a); }  // 0 ... 255
+
+inline B load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
+// the lanes shifted right by `by` bits, each byte masked
+inline B bits_at(B a, int by, uint8_t mask) {
+  return {_mm512_and_si512(_mm512_srli_epi32(a.v, unsigned(by)), _mm512_set1_epi8(char(mask)))};
+}
+template <int kBits>
+inline B shifted(B a) { return {_mm512_srli_epi32(a.v, kBits)}; }
+// byte k of each lane as float, for k = 0 ... 3
+inline F byte_to_float(B a, int k) {
+  return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a.v, unsigned(8 * k)), _mm512_set1_epi32(255)))};
+}
+// acc + sum over a lane's four bytes of code * number; `four` holds four int8 for all lanes. In assembly,
+// because GCC copies and spills the sums around the intrinsic.
+inline I dot(I acc, B codes, int32_t four) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(codes.v), "v"(_mm512_set1_epi32(four)));
+  return acc;
+}
+// the same with four uint8
+inline I dot_unsigned(I acc, B codes, int32_t four) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(_mm512_set1_epi32(four)), "v"(codes.v));
+  return acc;
+}
+
+// The sums, or largest lanes, of four vectors at once.
+template <class Op>
+inline void reduce(const F (&x)[4], float* out, const Op& op) {
+  const F ab = op(F{_mm512_unpacklo_ps(x[0].v, x[1].v)}, F{_mm512_unpackhi_ps(x[0].v, x[1].v)});
+  const F cd = op(F{_mm512_unpacklo_ps(x[2].v, x[3].v)}, F{_mm512_unpackhi_ps(x[2].v, x[3].v)});
+  const __m512d p = _mm512_castps_pd(ab.v), q = _mm512_castps_pd(cd.v);
+  const F abcd = op(F{_mm512_castpd_ps(_mm512_unpacklo_pd(p, q))}, F{_mm512_castpd_ps(_mm512_unpackhi_pd(p, q))});
+  const F half = op(abcd, F{_mm512_shuffle_f32x4(abcd.v, abcd.v, 0x4e)});
+  const F quarter = op(half, F{_mm512_shuffle_f32x4(half.v, half.v, 0xb1)});
+  _mm_storeu_ps(out, _mm512_castps512_ps128(quarter.v));
+}
+inline void sums(const F (&x)[4], float* out) { reduce(x, out, [](F a, F b) { return a + b; }); }
+inline void maxima(const F (&x)[4], float* out) { reduce(x, out, [](F a, F b) { return max(a, b); }); }
+
+}  // namespace bitkv::avx512
