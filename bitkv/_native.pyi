@@ -3,7 +3,7 @@
 dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes for pages.
 """
 
-_Part = tuple[int, int, int, int, bool, int]
+_Part = tuple[int, int, int, int, int, int]
 
 def isas() -> list[str]:
     """The instruction sets this CPU can run, best first."""

@@ -140,7 +140,8 @@ class PagedLayer:
         self._check(k, v, real)
         if self.is_empty:
             self.allocate(k)
-        k, v = k.detach(), v.detach()
+        if k.requires_grad or v.requires_grad:
+            k, v = k.detach(), v.detach()
         count, starts = k.shape[2], self._hot
         counts = [count] * len(starts) if real is None else real.sum(1).tolist()
         lengths = [a + b for a, b in zip(starts, counts, strict=True)]

@@ -252,9 +252,9 @@ class PartFormat:
         return 8 * self.nbytes / (self.page_size * self.head_dim)
 
     @cached_property
-    def numbers(self) -> tuple[int, int, int, int, bool, int]:
+    def numbers(self) -> tuple[int, int, int, int, int, int]:
         """What native kernels take: `Part` in csrc/page.h, field by field."""
-        row_scales = self.site == "key" and self.granularity == "token"
+        row_scales = int(self.site == "key" and self.granularity == "token")
         dtype = _DTYPE_NUMBERS[self.dtype]
         return self.bits, self.rows, self.columns, self.group_size, row_scales, dtype
 

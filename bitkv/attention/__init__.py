@@ -52,9 +52,12 @@ def attend(
     _check(q, view)
     _check_visibility(q, positions, window, softcap)
     if positions is None:
-        lengths, num_queries = view.lengths[:, None], q.shape[2]
-        back = torch.arange(num_queries, device=q.device) - num_queries if causal else -1
-        positions = (lengths + back).expand(q.shape[0], num_queries)
+        lengths, num_queries = view.lengths.unsqueeze(1), q.shape[2]
+        # every small operation here costs as much as attention over dozens of tokens
+        if causal:
+            positions = lengths + torch.arange(-num_queries, 0, device=q.device)
+        else:
+            positions = (lengths - 1).expand(-1, num_queries)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     request = AttentionRequest(q, view, positions, scale, window, softcap)
     chosen = choose(request, backend)

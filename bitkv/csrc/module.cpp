@@ -20,14 +20,14 @@ namespace bitkv {
 namespace {
 
 using Address = uintptr_t;
-using PartNumbers = std::tuple<int, int, int, int, bool, int>;
+using PartNumbers = std::tuple<int, int, int, int, int, int>;
 
 template <class T>
 T* at(Address address) { return reinterpret_cast<T*>(address); }
 
 Part part_of(const PartNumbers& numbers) {
   const auto& [bits, rows, columns, group, row_scales, dtype] = numbers;
-  return {bits, rows, columns, group, row_scales, DType(dtype)};
+  return {bits, rows, columns, group, row_scales != 0, DType(dtype)};
 }
 
 const std::vector<const Kernels*>& supported() {
