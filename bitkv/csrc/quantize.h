@@ -318,7 +318,8 @@ struct Target {
         for (int p = 1; p < kPositions; ++p)
           bytes[k] = fma(codes[(v * kPositions + p) * 4 + k], set(float(1 << (kBits * p))), bytes[k]);
       }
-      const I low = to_int(fma(bytes[1], set(256), bytes[0])), high = to_int(fma(bytes[3], set(256), bytes[2]));
+      const I low = to_int(fma(bytes[1], set(256), bytes[0]));
+      const I high = to_int(fma(bytes[3], set(256), bytes[2]));
       const I lanes = low + shift_left(high, 16);
       if constexpr (kBits == 1) {
         uint8_t* vector = vector_of_halves(block, column);
@@ -367,7 +368,8 @@ void encode_blocks(const Part& part, const Source& source, Levels levels, int be
   }
 }
 
-// Unquantized values of a page, one of its blocks of 16 rows.
+// Unquantized values of a page, one of its blocks of 16 rows. The caller sees to it that the page's
+// dtype is the model's.
 template <class T>
 void reorder_block(const EncodeRequest& r, const T* x, int block, T* out) {
   const int first = block * kLanes, columns = r.part.columns;
