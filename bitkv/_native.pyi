@@ -38,3 +38,14 @@ def encode(
     /,
 ) -> None:
     """Quantize and pack one part of some pages into `out`."""
+
+def append(
+    hot: tuple[int, int, int],  # hot_k, hot_v, hot_len
+    hot_strides: tuple[int, int, int],  # batch, head, token; in bytes
+    tokens: tuple[int, int],  # k, v
+    strides: tuple[int, int, int],
+    shape: tuple[int, int, int, int],  # batch, heads, tokens, bytes of a token
+    start: int,
+    /,
+) -> None:
+    """Put tokens into the hot window from its token `start` on, and count them in `hot_len`."""

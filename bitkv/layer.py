@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bitkv import native
 from bitkv.codecs import Codec
 from bitkv.pages import PageFormat, layout_for
 from bitkv.pool import PagePool
@@ -17,6 +18,7 @@ from bitkv.view import CacheView
 
 _TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")  # none while empty
 _CPU = torch.device("cpu")
+_FEW_TOKENS = 16  # as many are put into the window without torch's operations, which take microseconds
 
 
 class Usage(NamedTuple):
@@ -149,10 +151,8 @@ class PagedLayer:
         if needed > self.hot_k.shape[2]:
             self._resize_hot(needed)
         if real is None and starts.count(needed - count) == len(starts):
-            self.hot_k.narrow(2, needed - count, count).copy_(k)
-            self.hot_v.narrow(2, needed - count, count).copy_(v)
+            self._put(k, v, needed - count)
             self._hot = lengths
-            self.hot_len.add_(count)
             return
         for b, (start, stop) in enumerate(zip(starts, lengths, strict=True)):
             rows = slice(None) if real is None else real[b]
@@ -160,6 +160,15 @@ class PagedLayer:
             self.hot_v[b, :, start:stop] = v[b, :, rows]
         self._hot = lengths
         self._set_lengths()
+
+    def _put(self, k: Tensor, v: Tensor, start: int) -> None:
+        """New tokens of all sequences at one place of the hot window."""
+        count = k.shape[2]
+        if count <= _FEW_TOKENS and native.append(k, v, self.hot_k, self.hot_v, self.hot_len, start):
+            return
+        self.hot_k.narrow(2, start, count).copy_(k)
+        self.hot_v.narrow(2, start, count).copy_(v)
+        self.hot_len.add_(count)
 
     def commit(self) -> None:
         """Pack the oldest recent tokens into pages where a full page has left the window."""

@@ -9,6 +9,7 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 """The numbers of dtypes that kernels take: `DType` in csrc/page.h."""
@@ -62,3 +63,22 @@ def isa() -> str:
             f"choose from {', '.join(choices)}, or unset it"
         )
     return asked
+
+
+def append(k: Tensor, v: Tensor, hot_k: Tensor, hot_v: Tensor, hot_len: Tensor, start: int) -> bool:
+    """Put tokens `[B, H, T, D]` into a hot window from token `start` on; False if it cannot."""
+    strides, hot_strides = k.stride(), hot_k.stride()
+    alike = strides == v.stride() and hot_strides == hot_v.stride()
+    if not alike or strides[3] != 1 or k.device.type != "cpu" or isinstance(_load(), str):
+        return False
+    batch, heads, count, head_dim = k.shape
+    size = k.itemsize
+    module().append(
+        (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr()),
+        (hot_strides[0] * size, hot_strides[1] * size, hot_strides[2] * size),
+        (k.data_ptr(), v.data_ptr()),
+        (strides[0] * size, strides[1] * size, strides[2] * size),
+        (batch, heads, count, head_dim * size),
+        start,
+    )
+    return True

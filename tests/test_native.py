@@ -287,6 +287,24 @@ def test_encoding_writes_its_slice_of_a_pool_and_nothing_beside_it():
     assert (pool[:, :, -40:] == 7).all()
 
 
+# --- the hot window -----------------------------------------------------------------------------
+
+
+@needs_kernels
+@pytest.mark.parametrize("count", [1, 3])
+def test_tokens_of_any_strides_are_put_into_the_window_and_counted(count):
+    hot_k, hot_v = torch.zeros(2, 2, 3, 40, 64).half()
+    hot_len = torch.tensor([5, 5], dtype=torch.int32)
+    k, v = torch.randn(2, 2, count, 3, 64).half().transpose(2, 3)
+    assert native.append(k, v, hot_k, hot_v, hot_len, 5)
+    assert torch.equal(hot_k[:, :, 5 : 5 + count], k)
+    assert torch.equal(hot_v[:, :, 5 : 5 + count], v)
+    assert hot_k.count_nonzero() == k.count_nonzero()
+    assert hot_len.tolist() == [5 + count] * 2
+    assert not native.append(k, torch.zeros_like(v).mT.contiguous().mT, hot_k, hot_v, hot_len, 5)
+    assert not native.append(k.mT, v.mT, hot_k, hot_v, hot_len, 5)
+
+
 # --- the binary ---------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -163,12 +164,36 @@ void encode(std::string_view isa, Address x, int dtype, std::tuple<int64_t, int6
   kernels.encode(request);
 }
 
+using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, token; in bytes
+
+// Tokens [batch, heads, count] of `bytes` each into the hot window, from its token `start` on.
+void append(const std::tuple<Address, Address, Address>& hot, const Strides& hot_strides,
+            const std::tuple<Address, Address>& tokens, const Strides& strides,
+            std::tuple<int, int, int, int64_t> shape, int64_t start) {
+  const auto& [hot_k, hot_v, hot_len] = hot;
+  const auto& [k, v] = tokens;
+  const auto [batch, heads, count, bytes] = shape;
+  const auto [to_batch, to_head, to_token] = hot_strides;
+  const auto [from_batch, from_head, from_token] = strides;
+  for (int b = 0; b < batch; ++b) {
+    for (int h = 0; h < heads; ++h)
+      for (int t = 0; t < count; ++t) {
+        const int64_t to = b * to_batch + h * to_head + (start + t) * to_token;
+        const int64_t from = b * from_batch + h * from_head + t * from_token;
+        std::memcpy(at<char>(hot_k + to), at<const char>(k + from), size_t(bytes));
+        std::memcpy(at<char>(hot_v + to), at<const char>(v + from), size_t(bytes));
+      }
+    at<int32_t>(hot_len)[b] += count;
+  }
+}
+
 }  // namespace
 
 NB_MODULE(_native, m) {
   m.def("isas", isas);
   m.def("attend", attend);
   m.def("encode", encode);
+  m.def("append", append);
 }
 
 }  // namespace bitkv
