@@ -1,7 +1,9 @@
-"""The page pool: doubling growth, pages in ascending order, reference counts."""
+"""The page pool: geometric growth, pages in ascending order, reference counts."""
 
 import itertools
+import mmap
 
+import pytest
 import torch
 
 from bitkv.pool import PagePool
@@ -77,3 +79,25 @@ def test_free_pages_are_used_again_before_the_pool_grows():
     assert pool.store(again) == [gone]
     assert len(pool.data) == 2
     assert torch.equal(pool.data[[kept, gone]], torch.stack([keeps, again[0]]))
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages on this system")
+def test_a_large_pool_begins_at_a_huge_page_and_counts_only_its_own_bytes():
+    pool = PagePool(2, 4096, CPU)
+    pool.reserve(1000)
+    assert pool.nbytes == 1000 * 2 * 4096
+    assert pool.data.data_ptr() % 2**21 == 0
+    written = pages(1000, page_bytes=4096)
+    assert pool.store(written) == list(range(1000))
+    pool.reserve(1500)
+    assert torch.equal(pool.data[:1000], written)
+    assert pool.data[1000:].count_nonzero() == 0
+
+
+def test_pages_that_are_taken_have_one_reference_and_are_written_in_place():
+    pool = PagePool(2, 24, CPU)
+    taken = pool.take(3)
+    pool.data[taken] = 5
+    pool.release(taken[1:2])
+    assert pool.take(1) == taken[1:2]
+    assert [pool.references(page) for page in taken] == [1, 1, 1]
