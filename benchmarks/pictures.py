@@ -17,7 +17,12 @@ SIDES = {"min–max levels": ((8, -11), "left"), "searched levels": ((-8, 4), "r
 
 def attention(path: Path) -> None:
     """Latency and memory against context."""
-    benchmark.plot(benchmark.read_json(RESULTS / "attention.json"), path)
+    benchmark.plot(benchmark.read_json(RESULTS / "attention.json", benchmark.Row), path)
+
+
+def decode(path: Path) -> None:
+    """Milliseconds per token of a model, and its keys and values, against context."""
+    benchmark.plot_decode(benchmark.read_json(RESULTS / "decode.json", benchmark.DecodeRow), path)
 
 
 def quality(rows: list[dict[str, Any]], path: Path) -> None:

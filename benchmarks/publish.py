@@ -22,6 +22,8 @@ def main() -> None:
 
     pictures.quality([*rows("quality"), *rows("recall")], ROOT / "docs" / "quality.png")
     pictures.attention(ROOT / "docs" / "attention.png")
+    if (RESULTS / "decode.json").exists():
+        pictures.decode(ROOT / "docs" / "decode.png")
 
 
 def rows(name: str) -> Rows:
@@ -32,7 +34,14 @@ def rows(name: str) -> Rows:
 def filled(text: str) -> str:
     """The document with every `<!-- table NAME -->` … `<!-- end -->` block made anew."""
     pattern = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-    return pattern.sub(lambda m: f"{m[1]}{TABLES[m[2]]()}{m[3]}", text)
+    return pattern.sub(lambda m: f"{m[1]}{_table(m[2])}{m[3]}", text)
+
+
+def _table(name: str) -> str:
+    try:
+        return TABLES[name]()
+    except FileNotFoundError as error:
+        return f"Not measured yet: `python -m benchmarks.run {Path(error.filename).stem}`.\n"
 
 
 def markdown(headings: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -146,23 +155,161 @@ def levels() -> str:
     return markdown([*headings, "needle 4K"], lines)
 
 
+def attended(name: str = "attention") -> Rows:
+    """Rows of attention, rivals included."""
+    return [row for row in rows(name) if row["operation"] == "attend"]
+
+
+def is_rival(row: dict[str, Any]) -> bool:
+    return row["backend"] == "vllm" or row["backend"].startswith("sdpa-")
+
+
+def label(row: dict[str, Any]) -> str:
+    """A recipe by its text, a rival by its name and dtype; "cpu" is understood."""
+    if row["backend"] == "cpu":
+        return f"`{row['recipe']}`"
+    return f"`{row['backend']}` {row['recipe']}"
+
+
+def by_context(chosen: Rows, cell: Callable[[dict[str, Any]], str]) -> str:
+    """A line for each recipe and rival, a column for each context."""
+    contexts = sorted({row["context"] for row in chosen})
+    lines: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in chosen:
+        lines.setdefault(label(row), {})[row["context"]] = row
+    cells = [
+        [
+            name,
+            f"{line[max(line)]['bits_per_element']:.2f}",
+            *(cell(line[context]) if context in line else "–" for context in contexts),
+        ]
+        for name, line in lines.items()
+    ]
+    return markdown(["", "bits", *(f"{context:,}" for context in contexts)], cells)
+
+
+def times(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
+    return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
+
+
 def attention() -> str:
-    """Decode attention against context, the fastest SDPA beside each recipe."""
-    measured = [row for row in rows("attention") if row["operation"] == "attend"]
-    contexts = sorted({row["context"] for row in measured})
-    names = dict.fromkeys((row["backend"], row["recipe"]) for row in measured)
-    cell = {(row["backend"], row["recipe"], row["context"]): row for row in measured}
+    """Milliseconds against context."""
+    return by_context(attended(), lambda row: f"{row['ms']:.3g}")
+
+
+def bandwidth() -> str:
+    """GB/s against context, and what part of the measured read bandwidth that is."""
+    return by_context(attended(), lambda row: f"{row['gbps']:.1f} ({row['fraction_of_bandwidth']:.0%})")
+
+
+def speedup() -> str:
+    """Recipes against the fastest SDPA variant, and against vLLM where it was measured."""
+
+    def cell(row: dict[str, Any]) -> str:
+        beside = f" / {times(row['vs_vllm'])}" if row.get("vs_vllm") else ""
+        return times(row["vs_sdpa"]) + beside
+
+    return by_context([row for row in attended() if not is_rival(row)], cell)
+
+
+def speed() -> str:
+    """Everything at one context: 131,072 tokens, or the longest one below."""
+    measured = attended()
+    context = max(c for c in {row["context"] for row in measured} if c <= 131072)
     lines = [
         [
-            f"`{backend}` {recipe}",
-            f"{cell[backend, recipe, contexts[-1]]['bits_per_element']:.2f}",
-            *(f"{cell[backend, recipe, c]['ms']:.3g}" for c in contexts),
-            f"{cell[backend, recipe, contexts[-1]]['gbps']:.2f}",
+            label(row),
+            f"{row['bits_per_element']:.2f}",
+            f"{row['ms']:.3g}",
+            f"{row['gbps']:.1f}",
+            f"{row['fraction_of_bandwidth']:.0%}",
+            times(row["vs_sdpa"]),
+            times(row.get("vs_vllm")),
         ]
-        for backend, recipe in names
+        for row in measured
+        if row["context"] == context
     ]
-    headings = ["", "bits", *(f"{c:,}" for c in contexts), "GB/s at the longest"]
+    headings = [f"{context:,} tokens", "bits", "ms", "GB/s", "of read bandwidth", "× SDPA", "× vLLM"]
     return markdown(headings, lines)
+
+
+def threads() -> str:
+    """Fewest threads against most."""
+    measured = attended("threads")
+    low, high = (pick(row["threads"] for row in measured) for pick in (min, max))
+    few, many = ({label(r): r for r in measured if r["threads"] == n} for n in (low, high))
+    lines = [
+        [
+            name,
+            f"{few[name]['ms']:.3g}",
+            f"{row['ms']:.3g}",
+            times(few[name]["ms"] / row["ms"]),
+            f"{few[name]['fraction_of_bandwidth']:.0%}",
+            f"{row['fraction_of_bandwidth']:.0%}",
+        ]
+        for name, row in many.items()
+    ]
+    rates = [f"of read bandwidth, {n}" for n in (low, high)]
+    return markdown(["", f"ms, {low} thread", f"ms, {high} threads", "faster", *rates], lines)
+
+
+def batch() -> str:
+    """A batch of unequal lengths against one sequence, byte for byte."""
+    measured = attended("batch")
+    alone = {label(row): row for row in measured if row["batch"] == 1}
+    lines = [
+        [
+            label(row),
+            f"{alone[label(row)]['gbps']:.1f}",
+            f"{row['gbps']:.1f}",
+            f"{row['ms']:.3g}",
+            times(alone[label(row)]["gbps"] / row["gbps"]),
+        ]
+        for row in measured
+        if row["batch"] > 1
+    ]
+    return markdown(["", "GB/s alone", "GB/s in the batch", "ms", "time for its bytes"], lines)
+
+
+def append() -> str:
+    """What storing a token costs beside attending, without and with a page to pack."""
+    by_operation: dict[str, dict[str, float]] = {"attend": {}, "append": {}, "flush": {}}
+    for row in rows("append"):
+        if not is_rival(row):
+            by_operation[row["operation"]][label(row)] = row["ms"]
+    lines = []
+    for name, attend in by_operation["attend"].items():
+        store, flush = by_operation["append"][name], by_operation["flush"][name]
+        share, worst = store / (attend + store), (attend + flush) / (attend + store)
+        cells = (f"{x:.3g}" for x in (attend, store, flush))
+        lines.append([name, *cells, f"{share:.1%}", times(worst)])
+    headings = ["", "attend ms", "append ms", "with a page ms", "append's share", "worst step"]
+    return markdown(headings, lines)
+
+
+def pack() -> str:
+    """Packing a prompt, GB/s of 16-bit keys and values."""
+    rates: dict[str, dict[str, float]] = {"pack": {}, "prompt": {}}
+    for row in rows("pack"):
+        rates[row["operation"]][f"`{row['recipe']}`"] = row["gbps"]
+    lines = [[name, *(f"{rate[name]:.2f}" for rate in rates.values())] for name in rates["pack"]]
+    return markdown(["", "pages alone, GB/s", "into an empty cache, GB/s"], lines)
+
+
+def decode() -> str:
+    """Milliseconds per token of a model, and how much faster than the stock 16-bit cache."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['ms']:.3g} ({times(row['vs_dynamic'])})"
+
+    return by_context(rows("decode"), cell)
+
+
+def decode_cache() -> str:
+    """The part of a step that the cache takes."""
+    return by_context(rows("decode"), lambda row: f"{row['cache_ms']:.3g}")
 
 
 def recipes() -> str:
@@ -180,7 +327,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": lambda: generate("prefill"),
     "quality": quality,
     "levels": levels,
+    "speed": speed,
     "attention": attention,
+    "bandwidth": bandwidth,
+    "speedup": speedup,
+    "threads": threads,
+    "batch": batch,
+    "append": append,
+    "pack": pack,
+    "decode": decode,
+    "decode_cache": decode_cache,
 }
 
 

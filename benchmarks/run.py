@@ -11,6 +11,7 @@ import os
 import shlex
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,10 +38,26 @@ RECIPES = (
     "affine(1, 32, 'mse')",
     "affine(1, 32, 'unbiased')",
 )
-_NAMED = [word for recipe in RECIPES for word in ("--recipe", recipe)]
+# one group a page and groups of 32, at 4, 2 and 1 bits; then the recipes chosen for quality
+SPEED = (
+    "affine(4, 'page')",
+    "affine(2, 'page')",
+    "affine(1, 'page')",
+    "kivi4",
+    "kivi2",
+    "affine(1, 32)",
+    "best2",
+    "best1",
+)
+PACKING = (*SPEED, "fp16", "affine(4, 32, 'mse')", "affine(2, 32, 'mse')", "affine(1, 32, 'mse')")
+
+
+def _named(recipes: Sequence[str]) -> list[str]:
+    return [word for recipe in recipes for word in ("--recipe", recipe)]
+
 
 _LEVELS = [
-    *("eval", *(word for name in publish.LEVELS.values() for word in ("--recipe", name))),
+    *("eval", *_named([*publish.LEVELS.values()])),
     *("--task", "needle", "--length", "4096", "--samples", "200"),
 ]
 
@@ -49,13 +66,31 @@ COMMANDS: dict[str, list[str]] = {
     "prefill": ["generate", "--compare", "--file"],
     # in float32 the stock cache has no rounding of its own to be mistaken for a recipe's
     "quality": [
-        *("eval", *_NAMED, "--dtype", "float32", "--tokens", "16384"),
+        *("eval", *_named(RECIPES), "--dtype", "float32", "--tokens", "16384"),
         *("--task", "perplexity", "agreement", "fidelity"),
     ],
-    "recall": ["eval", *_NAMED, "--task", "needle", "--samples", "60"],
+    "recall": ["eval", *_named(RECIPES), "--task", "needle", "--samples", "60"],
     "levels": [*_LEVELS, "--dtype", "float32"],
     "levels16": [*_LEVELS, "--seed", "1"],
-    "attention": ["bench", "--full", "--context", "1024", "4096", "16384", "65536"],
+    # with a Python that has vLLM, this one compares with it too
+    "attention": [
+        *("bench", "attention", "--full", *_named(SPEED)),
+        *("--context", "4096", "16384", "65536", "131072", "262144", "1048576"),
+    ],
+    "threads": [
+        *("bench", "attention", "--full", *_named(SPEED)),
+        *("--context", "131072", "--threads", "1", "2"),
+    ],
+    "batch": [
+        *("bench", "attention", "--full", *_named(SPEED)),
+        *("--context", "65536", "--batch", "1", "8", "--ragged"),
+    ],
+    "append": ["bench", "attention", "--full", *_named(PACKING), "--context", "32768"],
+    "pack": ["bench", "pack", "--full", *_named(PACKING), "--context", "32768"],
+    "decode": [
+        *("bench", "decode", "--full", *_named(("kivi4", "kivi2", "best2", "best1"))),
+        *("--context", "4096", "16384", "32768", "65536", "131072"),
+    ],
 }
 PREFILL_TOKENS = 8000
 

@@ -165,16 +165,45 @@ def test_first_difference():
 
 
 def test_bench_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitkv.benchmark.attention.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
     rows, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     code, out, _ = run(
-        capsys, "bench", "--recipe", "kivi2", "--recipe", "asymkv(1, 1)", "--context", 300,
+        capsys, "bench", "attention", "--recipe", "kivi2", "--recipe", "asymkv(1, 1)", "--context", 300,
         "--heads", "4/2", "--head-dim", 64, "--json", rows, "--plot", plot,
     )  # fmt: skip
     assert code == 0
     assert "GB/s" in out
     measured = {row["recipe"] for row in json.loads(rows.read_text())}
     assert {"kivi2", "asymkv(1, 1)"} < measured
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_pack_writes_rows(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
+    file = tmp_path / "pack.json"
+    code, out, err = run(
+        capsys, "bench", "pack", "--recipe", "kivi2", "--context", 300, 100, "--kv-heads", 2,
+        "--head-dim", 64, "--threads", 1, "--json", file,
+    )  # fmt: skip
+    assert code == 0
+    assert "prompt (" in out
+    assert err == "bitkv: kivi2: a prompt of 100 tokens packs no page; pass 192 or more\n"
+    assert {row["operation"] for row in json.loads(file.read_text())} == {"pack", "prompt"}
+
+
+def test_bench_decode_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
+    for name, value in (("_HEADS", 4), ("_KV_HEADS", 2), ("_INTERMEDIATE", 64)):
+        monkeypatch.setattr(f"bitkv.benchmark.decode.{name}", value)
+    monkeypatch.setattr("bitkv.benchmark.decode.find_spec", lambda name: None)
+    rows, plot = tmp_path / "decode.json", tmp_path / "decode.png"
+    code, out, _ = run(
+        capsys, "bench", "decode", "--recipe", "kivi2", "--context", 300, "--layers", 1, "--json", rows,
+        "--plot", plot,
+    )  # fmt: skip
+    assert code == 0
+    assert "pip install optimum-quanto" in out
+    assert [row["recipe"] for row in json.loads(rows.read_text())] == ["dynamic", "kivi2"]
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
@@ -211,9 +240,13 @@ SENTENCES = [
         "argument --temperature: 'nan' is not a number from 0 (greedy) on; see `bitkv generate --help`",
     ),
     (
-        "bench --heads 3/2",
+        "bench",
+        "the following arguments are required: WHAT; see `bitkv bench --help`",
+    ),
+    (
+        "bench attention --heads 3/2",
         "argument --heads: '3/2' is not query heads over KV heads, such as 32/8, the first a "
-        "multiple of the second; see `bitkv bench --help`",
+        "multiple of the second; see `bitkv bench attention --help`",
     ),
     (
         "generate MODEL --prompt x --recipe kivi3",
@@ -321,11 +354,11 @@ SENTENCES = [
         "recipe 'kivi3': no 'kivi3'; choose from",
     ),
     (
-        "bench --plot bench.gif",
+        "bench attention --plot bench.gif",
         "cannot plot to 'bench.gif'; use a name that ends in .png or .html",
     ),
     (
-        "bench --backend gpu",
+        "bench attention --backend gpu",
         "no backend 'gpu'; choose from auto, all, BACKENDS",
     ),
 ]
@@ -349,8 +382,8 @@ def test_interrupt_leaves_files_as_they_were(capsys, tmp_path, monkeypatch):
 
     file = tmp_path / "bench.json"
     file.write_text("[]")
-    monkeypatch.setattr(benchmark, "run", interrupted)
-    code, _, err = run(capsys, "bench", "--json", file)
+    monkeypatch.setattr(benchmark, "run_attention", interrupted)
+    code, _, err = run(capsys, "bench", "attention", "--json", file)
     assert (code, err) == (130, "bitkv: interrupted\n")
     monkeypatch.setattr("os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -1,6 +1,5 @@
 """The documents are true: snippets run, tables are those of the committed results."""
 
-import argparse
 import os
 import re
 import subprocess
@@ -44,13 +43,19 @@ def test_readme_commands_exist():
         if program == "make":
             assert f"\n{command}:" in makefile
         else:
-            known = subparser(command).format_help()
+            known = help_of(command, *options)
             assert all(word in known for word in options if word.startswith("--"))
 
 
-def subparser(command: str) -> argparse.ArgumentParser:
-    choices = next(action.choices for action in build_parser()._actions if action.choices)
-    return choices[command]
+def help_of(*words: str) -> str:
+    """The help of a command, or of the command below it that the next word names."""
+    parser = build_parser()
+    for word in words:
+        groups = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        if word not in (choices := next(groups, {})):
+            break
+        parser = choices[word]
+    return parser.format_help()
 
 
 @pytest.mark.parametrize("document", publish.DOCUMENTS, ids=lambda p: p.name)

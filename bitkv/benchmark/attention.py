@@ -1,34 +1,39 @@
-"""Times one layer's decode attention and append of one token, beside PyTorch SDPA.
+"""Times one layer's decode attention and append of one token, beside PyTorch SDPA and vLLM.
 
 A working set that would sit in the L3 cache is copied until the copies fill it twice, and the calls
 rotate between them: in a model, the other layers and the weights pass through the cache in between.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Literal
-
-import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from bitkv.attention import BACKENDS, attend, last_backend
-from bitkv.benchmark.bandwidth import BUFFER_BYTES, read_bandwidth
-from bitkv.benchmark.environment import Environment, environment_of_run
-from bitkv.benchmark.report import Report, Row
-from bitkv.benchmark.synthetic import Shape, synthetic_layer
-from bitkv.benchmark.timing import FULL, QUICK, WARM_UP, Effort, cold_copies, median_ms
+from bitkv.benchmark import vllm
+from bitkv.benchmark.environment import Environment
+from bitkv.benchmark.packing import FLUSHES, append_times
+from bitkv.benchmark.report import Measurement, Report, Row, make_row
+from bitkv.benchmark.request import (
+    Progress,
+    check_contexts,
+    measure_environments,
+    name_recipes,
+    silent,
+)
+from bitkv.benchmark.rivals import rival_calls
+from bitkv.benchmark.synthetic import Shape, dtype_bytes, spread_lengths, synthetic_layer
+from bitkv.benchmark.timing import (
+    FULL,
+    QUICK,
+    Call,
+    Effort,
+    cold_copies,
+    median_ms,
+    torch_threads,
+)
 from bitkv.layer import PagedLayer
-from bitkv.pages import RAW_DTYPES
-from bitkv.recipe import Recipe, as_recipe
-
-Progress = Callable[[str, int, int], None]
-"""Called before each step with what it measures, how many steps are done, and how many there are."""
-
-Call = Callable[[], object]
-
-_SDPA_DTYPES = ("bfloat16", "float32")
-_APPEND_EFFORT = Effort(repeats=5, seconds=0)  # each repeat fills a page: their number is fixed
+from bitkv.recipe import Recipe
 
 
 def run(
@@ -36,53 +41,54 @@ def run(
     contexts: Sequence[int],
     *,
     backend: str = "auto",
-    batch: int = 1,
+    batches: Sequence[int] = (1,),
+    ragged: bool = False,
     heads: int = 32,
     kv_heads: int = 8,
     head_dim: int = 128,
     dtype: str = "bfloat16",
+    threads: Sequence[int] = (),
     quick: bool = False,
     command: str = "",
     progress: Progress | None = None,
 ) -> Report:
-    """Time attention of one query token, and its append, at each context, with torch's threads.
+    """Time attention of one query token, and its append, for each batch at each context.
 
     Args:
         recipes: recipes or their texts; a recipe with layer-wise bits is measured at its layer 0.
-        contexts: tokens in the cache, the new one included.
+        contexts: tokens in the cache of each sequence, the new one included.
         backend: "auto", "all", or a key of `BACKENDS`.
-        batch, heads, kv_heads, head_dim, dtype: the layer; Llama-3.1-8B's by default.
-        quick: fewer repeats and a smaller bandwidth buffer.
+        ragged: the lengths of a batch spread evenly from an eighth of the context up to it.
+        heads, kv_heads, head_dim, dtype: the layer; Llama-3.1-8B's by default.
+        threads: numbers of threads to measure everything with; torch's present one by default.
+        quick: fewer repeats.
         command: what the rows will say made them.
 
     Returns:
-        For each context the four SDPA variants, then the recipes. A recipe that cannot serve the
-        shape, and a backend that refuses it, give a sentence in `refused` and no row.
+        For each batch, context and number of threads the rivals, then the recipes. A recipe that
+        cannot serve the shape, and a backend that refuses it, give a sentence in `refused` and no row.
 
     Raises:
         ValueError: an unknown recipe, backend or dtype, or a shape or context that cannot be.
     """
-    shape = Shape(batch, heads, kv_heads, head_dim, dtype)
-    named = {r if isinstance(r, str) else str(r): as_recipe(r) for r in recipes}
+    shapes = [Shape(batch, heads, kv_heads, head_dim, dtype) for batch in dict.fromkeys(batches)]
+    named = name_recipes(recipes)
     backends = _backends(backend)
-    for context in contexts:
-        if context < 1:
-            raise ValueError(f"a context of {context} tokens is too short; pass 1 or more")
-    contexts = list(dict.fromkeys(contexts))
-    report: Progress = progress or (lambda label, done, total: None)
-    total = 1 + len(contexts) * (1 + len(named))
-    report("memory read bandwidth", 0, total)
+    contexts = check_contexts(contexts)
+    show: Progress = progress or silent
+    steps = [(shape, n, text) for shape in shapes for n in contexts for text in (None, *named)]
+    show("memory read bandwidth", 0, 1 + len(steps))
     effort = QUICK if quick else FULL
-    bandwidth = read_bandwidth(effort, BUFFER_BYTES // (4 if quick else 1))
-    bench = _Bench(shape, effort, environment_of_run(bandwidth, command))
-    steps = ((context, text) for context in contexts for text in (None, *named))
-    for done, (context, text) in enumerate(steps, 1):
-        report(f"{context:,} tokens, {text or 'SDPA'}", done, total)
+    environments = measure_environments(threads, effort, command)
+    bench = _Bench(effort, environments, backends, ragged=ragged)
+    for done, (shape, context, text) in enumerate(steps, 1):
+        batch = f"batch {shape.batch}, " if len(shapes) > 1 else ""
+        show(f"{batch}{context:,} tokens, {text or 'rivals'}", done, 1 + len(steps))
         if text is None:
-            bench.sdpa(context)
+            bench.rivals(shape, context)
         else:
-            bench.recipe(text, named[text], context, backends)
-    return Report(tuple(bench.rows), bench.environment, tuple(bench.refused))
+            bench.recipe(shape, context, text, named[text])
+    return Report(tuple(bench.rows), tuple(bench.refused), tuple(filter(None, [vllm.why_not()])))
 
 
 def _backends(name: str) -> tuple[str, ...]:
@@ -94,111 +100,102 @@ def _backends(name: str) -> tuple[str, ...]:
 class _Bench:
     """Measures step by step, and keeps rows and refusals."""
 
-    def __init__(self, shape: Shape, effort: Effort, environment: Environment) -> None:
-        self.shape, self.effort, self.environment = shape, effort, environment
+    def __init__(
+        self,
+        effort: Effort,
+        environments: Sequence[Environment],
+        backends: Sequence[str],
+        *,
+        ragged: bool,
+    ) -> None:
+        self.effort, self.environments, self.backends = effort, environments, backends
+        self.ragged = ragged
         self.rows: list[Row] = []
         self.refused: list[str] = []
-        self._sdpa_ms = 0.0
+        self._rivals: list[Row] = []  # of the present shape and context
 
-    def sdpa(self, context: int) -> None:
-        """Both dtypes in both arrangements of heads; the fastest is what later rows compare with."""
-        timed = [x for dtype in _SDPA_DTYPES for x in self._time_sdpa(context, dtype)]
-        self._sdpa_ms = min(ms for _, _, ms in timed)
-        for backend, dtype, ms in timed:
-            bits = 8.0 * RAW_DTYPES[dtype].itemsize
-            self._row("attend", backend, dtype, context, ms, self.shape.nbytes(context, dtype), bits)
+    def rivals(self, shape: Shape, context: int) -> None:
+        """SDPA in both dtypes and arrangements of heads, and vLLM: what later rows are compared with."""
+        measured = [
+            make_row(
+                Measurement("attend", backend, dtype, context, ms, nbytes, 8.0 * dtype_bytes(dtype)),
+                shape,
+                environment,
+                ragged=self.ragged,
+            )
+            for backend, dtype, nbytes, calls in rival_calls(shape, self._lengths(shape, context))
+            for environment, ms in self._time(calls)
+        ]
+        self._rivals = sorted(measured, key=lambda row: self._order(row.environment))
+        self.rows += map(self._compared, self._rivals)
 
-    def _time_sdpa(self, context: int, dtype: str) -> list[tuple[str, str, float]]:
-        """Backend, dtype and milliseconds; K and V of one dtype exist at a time."""
-        variants = sdpa_calls(self.shape, context, dtype)
-        return [(backend, dtype, median_ms(calls, self.effort)) for backend, calls in variants]
-
-    def recipe(self, text: str, recipe: Recipe, context: int, backends: Sequence[str]) -> None:
+    def recipe(self, shape: Shape, context: int, text: str, recipe: Recipe) -> None:
         """Attention with each backend, then append, on one cache."""
-        spare_pages = WARM_UP + _APPEND_EFFORT.repeats
+        spare = FLUSHES * len(self.environments)
         try:
-            layer = synthetic_layer(recipe, self.shape, context, spare_pages=spare_pages)
+            layer = synthetic_layer(recipe, shape, self._lengths(shape, context), spare_pages=spare)
         except ValueError as error:
             self._refuse(f"{text}: {error}")
             return
         usage = layer.usage
         nbytes = usage.page_bytes + usage.hot_bytes
         bits = 8 * nbytes / (usage.page_elements + usage.hot_elements)
+        ran = self._runnable(layer, shape, text)
+        if not ran:
+            return
+        layers = [layer, *(copy.deepcopy(layer) for _ in range(cold_copies(nbytes) - 1))]
+        rows: list[Row] = []
+        for name in ran:
+            calls = [attend_call(each, shape, name) for each in layers]
+            for environment, ms in self._time(calls):
+                measured = Measurement("attend", name, text, context, ms, nbytes, bits)
+                row = make_row(measured, shape, environment, ragged=self.ragged)
+                rows.append(self._compared(row))
+        for environment in self.environments:
+            with torch_threads(environment.threads):
+                times = append_times(layer, shape)
+            for name in ran:  # appending is the cache's work, the same under every backend
+                for operation, ms in times.items():
+                    measured = Measurement(operation, name, text, context, ms, shape.nbytes(1), bits)
+                    rows.append(make_row(measured, shape, environment, ragged=self.ragged))
+        self.rows += sorted(rows, key=lambda row: self._order(row.environment))
+
+    def _time(self, calls: Sequence[Call]) -> Iterator[tuple[Environment, float]]:
+        """Median milliseconds with each number of threads."""
+        for environment in self.environments:
+            with torch_threads(environment.threads):
+                yield environment, median_ms(calls, self.effort)
+
+    def _compared(self, row: Row) -> Row:
+        """The row beside the rivals that ran with as many threads."""
+        rivals = [r for r in self._rivals if r.environment == row.environment]
+        sdpa = min(r.ms for r in rivals if r.is_sdpa)
+        others = [r.ms for r in rivals if not r.is_sdpa]
+        return replace(row, vs_sdpa=sdpa / row.ms, vs_vllm=others[0] / row.ms if others else None)
+
+    def _runnable(self, layer: PagedLayer, shape: Shape, text: str) -> list[str]:
+        """The backends that serve this layer, by their own names."""
         ran = []
-        for backend in backends:
+        for backend in self.backends:
             try:
-                attend_call(layer, self.shape, backend)()
+                attend_call(layer, shape, backend)()
             except ValueError as error:
                 self._refuse(f"{text}: {error}")
-                continue
-            ran.append(name := last_backend() or backend)
-            layers = [layer, *(copy.deepcopy(layer) for _ in range(cold_copies(nbytes) - 1))]
-            calls = [attend_call(each, self.shape, name) for each in layers]
-            self._row("attend", name, text, context, median_ms(calls, self.effort), nbytes, bits)
-        if ran:
-            append_ms = median_ms([append_call(layer, self.shape)], _APPEND_EFFORT) / layer.page_size
-        for name in ran:  # appending is the cache's work, the same under every backend
-            self._row("append", name, text, context, append_ms, self.shape.nbytes(1), bits)
+            else:
+                ran.append(last_backend() or backend)
+        return ran
+
+    def _lengths(self, shape: Shape, context: int) -> list[int]:
+        return spread_lengths(context, shape.batch, ragged=self.ragged)
+
+    def _order(self, environment: Environment) -> int:
+        return self.environments.index(environment)
 
     def _refuse(self, sentence: str) -> None:
         if sentence not in self.refused:
             self.refused.append(sentence)
 
-    def _row(
-        self,
-        operation: Literal["attend", "append"],
-        backend: str,
-        recipe: str,
-        context: int,
-        ms: float,
-        nbytes: int,
-        bits: float,
-    ) -> None:
-        shape, gbps = self.shape, nbytes / ms / 1e6
-        row = Row(
-            operation=operation,
-            backend=backend,
-            recipe=recipe,
-            context=context,
-            batch=shape.batch,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_dim=shape.head_dim,
-            dtype=shape.dtype if not backend.startswith("sdpa-") else recipe,
-            ms=ms,
-            bytes=nbytes,
-            gbps=gbps,
-            bits_per_element=bits,
-            fraction_of_bandwidth=gbps / self.environment.bandwidth_gbps,
-            vs_sdpa=self._sdpa_ms / ms if operation == "attend" else None,
-            environment=self.environment,
-        )
-        self.rows.append(row)
-
-
-def sdpa_calls(shape: Shape, context: int, dtype: str) -> Iterator[tuple[str, list[Call]]]:
-    """PyTorch SDPA with `enable_gqa`, then with the query heads of a KV head as rows of one matrix."""
-    q = shape.random(shape.heads, 1, dtype)
-    k, v = (shape.random(shape.kv_heads, context, dtype) for _ in range(2))
-    copies = cold_copies(shape.nbytes(context, dtype))
-    pairs = [(k, v), *((k.clone(), v.clone()) for _ in range(copies - 1))]
-    rows = q.view(shape.batch, shape.kv_heads, shape.heads // shape.kv_heads, shape.head_dim)
-    gqa = partial(scaled_dot_product_attention, enable_gqa=True)
-    yield "sdpa-gqa", [partial(gqa, q, *pair) for pair in pairs]
-    yield "sdpa-grouped", [partial(scaled_dot_product_attention, rows, *pair) for pair in pairs]
-
 
 def attend_call(layer: PagedLayer, shape: Shape, backend: str) -> Call:
     """Attention of one token over the layer."""
     return partial(attend, shape.random(shape.heads, 1), layer.view(), backend=backend)
-
-
-def append_call(layer: PagedLayer, shape: Shape) -> Call:
-    """Appends a page's worth of tokens one by one, so that packing one page is in the time."""
-    k, v = (torch.split(shape.random(shape.kv_heads, layer.page_size), 1, dim=2) for _ in range(2))
-
-    def append_page() -> None:
-        for token_k, token_v in zip(k, v, strict=True):
-            layer.append(token_k, token_v)
-
-    return append_page

@@ -1,41 +1,51 @@
-"""What a benchmark measured: rows, a table, a JSON file."""
+"""What a benchmark of one layer measured: rows and a table."""
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from bitkv import files
+from bitkv import native
 from bitkv.benchmark.environment import Environment
+from bitkv.benchmark.synthetic import Shape
+from bitkv.pages import RAW_DTYPES
 
-_COLUMNS = ("bits", "MB", "attend\nms", "\nGB/s", "of\nread", "vs\nSDPA", "append\nms")
+_COLUMNS = ("bits", "MB", "ms", "GB/s", "of\nread", "vs\nSDPA", "vs\nvLLM", "append\nms", "flush\nms")
+
+Operation = Literal["attend", "append", "flush", "pack", "prompt"]
+_BESIDE: tuple[Operation, ...] = ("append", "flush")  # shown beside the attention they come with
 
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: one new token, one layer.
+    """One measurement of one layer.
 
     Args:
-        operation: "attend", or "append" with its share of packing a page.
-        backend: a key of `bitkv.attention.BACKENDS`, or "sdpa-gqa" and "sdpa-grouped".
-        recipe: the recipe's text; for SDPA the dtype of K and V.
-        context: tokens attended to, the new one included; for "append" those there before.
+        operation: "attend": one new token attends. "append": one new token is stored, where no page
+            is packed; "flush": where one is. "pack": pages are quantized and packed, all of a prompt's;
+            "prompt": an empty cache takes a whole prompt, packing included.
+        backend: a key of `bitkv.attention.BACKENDS`; "sdpa-gqa", "sdpa-grouped" or "vllm"; for "pack"
+            and "prompt" "cpu" or "torch", whichever packs.
+        recipe: the recipe's text; for SDPA and vLLM the dtype of K and V.
+        context: tokens of the longest sequence, the new one included; those there before for "append"
+            and "flush"; those of the prompt for "pack" and "prompt".
         dtype: of the queries and the hot window.
         ms: median milliseconds.
-        bytes: what the operation must read: pages in use and hot window; for SDPA K and V; for
-            "append" the new token.
+        bytes: what the operation must read: for "attend" pages in use and hot window, or K and V;
+            otherwise the K and V that are added, in the model's dtype.
         gbps: `bytes` over `ms`, GB/s.
         bits_per_element: of K and V, measured from bytes, hot window included.
         fraction_of_bandwidth: `gbps` over the run's `bandwidth_gbps`.
-        vs_sdpa: the fastest SDPA variant's time over this one; None for "append".
-        environment: what the rows of a run share; in JSON its fields stand beside these.
+        vs_sdpa: the fastest SDPA variant's time over this one; None but for "attend".
+        environment: what rows of a run with as many threads share; in JSON its fields stand here too.
+        vs_vllm: vLLM's time over this one; None but for "attend", and where vLLM is not installed.
+        isa: the instruction set of the native kernels, where they ran.
+        ragged: whether the sequences' lengths spread from `context / 8` to `context`.
     """
 
-    operation: Literal["attend", "append"]
+    operation: Operation
     backend: str
     recipe: str
     context: int
@@ -51,101 +61,135 @@ class Row:
     fraction_of_bandwidth: float
     vs_sdpa: float | None
     environment: Environment
+    vs_vllm: float | None = None
+    isa: str | None = None
+    ragged: bool = False
 
     @property
     def is_sdpa(self) -> bool:
         return self.backend.startswith("sdpa-")
 
+    @property
+    def is_rival(self) -> bool:
+        return self.is_sdpa or self.backend == "vllm"
+
+
+class Measurement(NamedTuple):
+    """The fields of a `Row` by the same names that one timing gives."""
+
+    operation: Operation
+    backend: str
+    recipe: str
+    context: int
+    ms: float
+    bytes: int
+    bits_per_element: float
+
+
+def make_row(
+    measured: Measurement, shape: Shape, environment: Environment, *, ragged: bool = False
+) -> Row:
+    """The row of a measurement, compared with no rival."""
+    gbps = measured.bytes / measured.ms / 1e6
+    is_rival_dtype = measured.recipe in RAW_DTYPES
+    return Row(
+        **measured._asdict(),
+        batch=shape.batch,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        dtype=measured.recipe if is_rival_dtype else shape.dtype,
+        gbps=gbps,
+        fraction_of_bandwidth=gbps / environment.bandwidth_gbps,
+        vs_sdpa=None,
+        environment=environment,
+        isa=native.isa() if measured.backend == "cpu" else None,
+        ragged=ragged and shape.batch > 1,
+    )
+
 
 @dataclass(frozen=True)
 class Report:
-    """Rows, the bandwidth of the same run, and a sentence for each combination that was refused."""
+    """Rows, a sentence for each combination that was refused, and one for what was left out."""
 
     rows: tuple[Row, ...]
-    environment: Environment
     refused: tuple[str, ...]
-
-    @property
-    def bandwidth_gbps(self) -> float:
-        return self.environment.bandwidth_gbps
+    notes: tuple[str, ...] = ()
 
 
-def render(rows: Sequence[Row], bandwidth_gbps: float, *, console: Console | None = None) -> None:
-    """Print a table: a line for each context, backend and recipe, each context's fastest in bold."""
+def render(rows: Sequence[Row], *, console: Console | None = None) -> None:
+    """Print a table for each number of threads and batch; the fastest of each context in bold."""
     console = console or Console()
-    attends = [row for row in rows if row.operation == "attend"]
-    appends = {_key(row): row for row in rows if row.operation == "append"}
+    groups: dict[tuple[int, int, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.environment.threads, row.batch, row.ragged), []).append(row)
+    for group in groups.values():
+        console.print(title(group[0]), highlight=False, soft_wrap=True)
+        console.print(_table(group))
+
+
+def title(row: Row) -> str:
+    """The shape and the machine of a table's rows."""
+    environment, packing = row.environment, row.operation in ("pack", "prompt")
+    lengths = f" of {row.context // 8:,} to {row.context:,} tokens" if row.ragged else ""
+    return (
+        f"{'A prompt' if packing else 'One new token'}, one layer: batch {row.batch}{lengths}, "
+        f"{row.heads} query heads, {row.kv_heads} KV heads, head_dim {row.head_dim}\n"
+        f"{environment.device}, {environment.threads_text}, "
+        f"memory read {environment.bandwidth_gbps:.1f} GB/s\n"
+    )
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    """A line for each measurement; append and flush stand beside the attention they come with."""
+    beside = {(row.operation, *_key(row)): row for row in rows if row.operation in _BESIDE}
+    lines = [row for row in rows if row.operation not in _BESIDE]
+    cells = [[*_numbers(row), *_added(row, beside)] for row in lines]
+    kept = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
-    for name in ("context", "backend", "recipe", *_COLUMNS):
+    for name in ("context", "backend", "recipe", *(_COLUMNS[i] for i in kept)):
         text = name in ("backend", "recipe")
         table.add_column(name, justify="left" if text else "right", overflow="fold", vertical="top")
-    for context in dict.fromkeys(row.context for row in attends):
-        group = [row for row in attends if row.context == context]
-        fastest = min(group, key=lambda row: row.ms)
-        for row in group:
-            first = f"{context:,}" if row is group[0] else ""
-            cells = (row.backend, row.recipe, *_numbers(row, appends.get(_key(row))))
-            table.add_row(first, *cells, style="bold" if row is fastest else "")
-        table.add_row()
-    console.print(_title(attends, bandwidth_gbps), highlight=False, soft_wrap=True)
-    console.print(table)
+    for i, (row, line) in enumerate(zip(lines, cells, strict=True)):
+        peers = [r.ms for r in lines if (r.context, r.operation) == (row.context, row.operation)]
+        is_new = i == 0 or lines[i - 1].context != row.context
+        if is_new and i:
+            table.add_row()
+        first = f"{row.context:,}" if is_new else ""
+        name = row.backend if row.operation == "attend" else f"{row.operation} ({row.backend})"
+        style = "bold" if row.ms == min(peers) else ""
+        table.add_row(first, name, row.recipe, *(line[j] for j in kept), style=style)
+    table.add_row()
+    return table
 
 
 def _key(row: Row) -> tuple[str, str, int]:
     return row.backend, row.recipe, row.context
 
 
-def _title(rows: Sequence[Row], bandwidth_gbps: float) -> str:
-    read = f"memory read {bandwidth_gbps:.1f} GB/s"
-    if not rows:
-        return read
-    row, environment = rows[0], rows[0].environment
-    return (
-        f"One new token, one layer: batch {row.batch}, {row.heads} query heads, "
-        f"{row.kv_heads} KV heads, head_dim {row.head_dim}\n"
-        f"{environment.device}, {environment.threads_text}, {read}\n"
-    )
-
-
-def _numbers(row: Row, append: Row | None) -> tuple[str, ...]:
+def _numbers(row: Row) -> tuple[str, ...]:
     return (
         f"{row.bits_per_element:.2f}",
-        _short(row.bytes / 1e6),
-        _short(row.ms),
-        _short(row.gbps),
-        f"{row.fraction_of_bandwidth:.1%}",
-        "" if row.vs_sdpa is None else f"{row.vs_sdpa:.2f}x",
-        "" if append is None else _short(append.ms),
+        short(row.bytes / 1e6),
+        short(row.ms),
+        short(row.gbps),
+        f"{row.fraction_of_bandwidth:.0%}",
+        _ratio(row.vs_sdpa),
+        _ratio(row.vs_vllm),
     )
 
 
-def _short(number: float) -> str:
+def _ratio(ratio: float | None) -> str:
+    if ratio is None:
+        return ""
+    return f"{ratio:.2f}x" if ratio < 10 else f"{ratio:.1f}x"
+
+
+def _added(row: Row, beside: Mapping[tuple[Operation, str, str, int], Row]) -> tuple[str, ...]:
+    added = (beside.get((operation, *_key(row))) for operation in _BESIDE)
+    return tuple("" if each is None else short(each.ms) for each in added)
+
+
+def short(number: float) -> str:
+    """Three digits, more for whole numbers from 100 on."""
     return f"{number:.3g}" if number < 100 else f"{number:,.0f}"
-
-
-def write_json(rows: Sequence[Row], path: Path | str) -> None:
-    """Write a JSON list of rows, whole or not at all. Each row carries its run's fields.
-
-    Raises:
-        ValueError: the folder does not exist.
-    """
-    flat = [asdict(row) for row in rows]
-    records = [record | record.pop("environment") for record in flat]
-    files.write_json(Path(path), records)
-
-
-def read_json(path: Path | str) -> list[Row]:
-    """The rows in a file that `write_json` wrote.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    shared = [field.name for field in fields(Environment)]
-    try:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-        environments = [Environment(**{name: r.pop(name) for name in shared}) for r in records]
-        return [Row(**r, environment=e) for r, e in zip(records, environments, strict=True)]
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(
-            f"{path} holds no benchmark rows; pass a file of `bitkv bench --json`"
-        ) from None

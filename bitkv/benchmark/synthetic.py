@@ -4,7 +4,8 @@ A few pages are quantized for real and their bytes repeated, each page in its ow
 context weighs what it should and every byte of it is valid.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ class Shape:
         if self.dtype not in RAW_DTYPES:
             raise ValueError(f"no dtype {self.dtype!r}; choose from {', '.join(RAW_DTYPES)}")
 
+    @property
+    def alone(self) -> "Shape":
+        """The same layer for one sequence."""
+        return replace(self, batch=1)
+
     def random(self, heads: int, tokens: int, dtype: str | None = None) -> Tensor:
         """Gaussian `[batch, heads, tokens, head_dim]`, repeated along a long context."""
         distinct = torch.randn(self.batch, heads, min(tokens, _DISTINCT_TOKENS), self.head_dim)
@@ -52,41 +58,63 @@ class Shape:
     def nbytes(self, tokens: int, dtype: str | None = None) -> int:
         """Bytes of K and V of so many tokens."""
         elements = 2 * self.batch * self.kv_heads * tokens * self.head_dim
-        return elements * RAW_DTYPES[dtype or self.dtype].itemsize
+        return elements * dtype_bytes(dtype or self.dtype)
 
 
-def synthetic_layer(recipe: Recipe, shape: Shape, context: int, *, spare_pages: int = 0) -> PagedLayer:
-    """Layer 0 of a recipe's cache with `context` tokens a sequence, as appending them would leave it.
+def dtype_bytes(dtype: str) -> int:
+    """Bytes of an element of a dtype by its name."""
+    return RAW_DTYPES[dtype].itemsize
+
+
+def spread_lengths(context: int, batch: int, *, ragged: bool) -> list[int]:
+    """Tokens of each sequence: all `context`, or ragged, evenly from an eighth of it up to it."""
+    if not ragged or batch == 1:
+        return [context] * batch
+    shortest = -(-context // 8)
+    return [shortest + (context - shortest) * i // (batch - 1) for i in range(batch)]
+
+
+def synthetic_layer(
+    recipe: Recipe, shape: Shape, lengths: Sequence[int], *, layer_idx: int = 0, spare_pages: int = 0
+) -> PagedLayer:
+    """One layer of a recipe's cache with `lengths[b]` tokens, as appending them would leave it.
 
     Args:
+        lengths: tokens of each sequence of `shape.batch`.
+        layer_idx: which of the recipe's layers.
         spare_pages: room for that many more pages a sequence, so that appends need not grow the pool.
 
     Raises:
         ValueError: the recipe's codecs cannot serve the shape.
     """
-    key, value = recipe.codecs(0)
-    layer = PagedLayer(
-        key,
-        value,
-        num_sink_tokens=recipe.num_sink_tokens,
-        recent_tokens=recipe.recent_tokens,
-        page_size=recipe.page_size,
-    )
-    num_pages = max(0, 1 + (context - layer.hot_capacity) // layer.page_size)
-    repeated = max(0, num_pages - _DISTINCT_PAGES)
-    tokens = context - repeated * layer.page_size
-    layer.append(shape.random(shape.kv_heads, tokens), shape.random(shape.kv_heads, tokens))
-    layer.pool.reserve(shape.batch * (num_pages + spare_pages))
-    if repeated:
+    layer = new_layer(recipe, layer_idx)
+    num_pages = [max(0, 1 + (n - layer.hot_capacity) // layer.page_size) for n in lengths]
+    repeated = [max(0, n - _DISTINCT_PAGES) for n in num_pages]
+    tokens = [n - r * layer.page_size for n, r in zip(lengths, repeated, strict=True)]
+    k, v = (shape.random(shape.kv_heads, max(tokens)) for _ in range(2))
+    is_even = min(tokens) == max(tokens)
+    layer.append(k, v, None if is_even else torch.arange(max(tokens)) < torch.tensor(tokens)[:, None])
+    layer.pool.reserve(sum(num_pages) + shape.batch * spare_pages)
+    if any(repeated):
         _repeat_pages(layer, num_pages)
     return layer
 
 
-def _repeat_pages(layer: PagedLayer, num_pages: int) -> None:
-    """Copy each sequence's pages behind one another until it has `num_pages`."""
+def new_layer(recipe: Recipe, layer_idx: int = 0) -> PagedLayer:
+    """An empty layer of a recipe's cache."""
+    return PagedLayer(
+        *recipe.codecs(layer_idx),
+        num_sink_tokens=recipe.num_sink_tokens,
+        recent_tokens=recipe.recent_tokens,
+        page_size=recipe.page_size,
+    )
+
+
+def _repeat_pages(layer: PagedLayer, num_pages: Sequence[int]) -> None:
+    """Copy each sequence's pages behind one another until it has `num_pages` of them."""
     tables, hot = layer.page_lists(), layer.hot_len.tolist()
-    for row in tables:
+    for row, wanted in zip(tables, num_pages, strict=True):
         source = layer.pool.data[row]
-        while missing := num_pages - len(row):
+        while missing := wanted - len(row):
             row += layer.pool.store(source[:missing])
     layer.set_sequences(tables, hot)

@@ -1,11 +1,17 @@
 """How long calls take, with data coming from memory and not from the last-level cache."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 from statistics import median
+
+import torch
+
+Call = Callable[[], object]
 
 _L3 = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
 _L3_FALLBACK = 32 << 20
@@ -26,7 +32,7 @@ QUICK = Effort(repeats=3, seconds=0.2, limit=2.0)
 WARM_UP = 2
 
 
-def durations(calls: Iterable[Callable[[], object]], effort: Effort) -> list[float]:
+def durations(calls: Iterable[Call], effort: Effort) -> list[float]:
     """Milliseconds of each call, taken in turn; the first `WARM_UP` are not counted."""
     turns = cycle(calls)
     for call in islice(turns, WARM_UP):
@@ -44,9 +50,30 @@ def durations(calls: Iterable[Callable[[], object]], effort: Effort) -> list[flo
     return times
 
 
-def median_ms(calls: Sequence[Callable[[], object]], effort: Effort) -> float:
+def median_ms(calls: Sequence[Call], effort: Effort) -> float:
     """Median milliseconds of a call."""
     return median(durations(calls, effort))
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads within this context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def evict() -> None:
+    """Read other memory until nothing that came before is left in the L3 cache."""
+    torch.sum(_other_memory())
+
+
+@cache
+def _other_memory() -> torch.Tensor:
+    return torch.ones(2 * last_level_cache() // 4)
 
 
 def cold_copies(nbytes: int) -> int:

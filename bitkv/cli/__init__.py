@@ -17,7 +17,7 @@ BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 _EXAMPLES = """examples:
   bitkv generate --demo --compare       a question about a long document, 2-bit beside 16-bit
   bitkv recipes                         what can be written after --recipe
-  bitkv bench --recipe kivi2            decode attention against context length
+  bitkv bench attention --recipe kivi2  decode attention against context length
   bitkv eval --recipe kivi2             what a recipe costs in quality
 """
 

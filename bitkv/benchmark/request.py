@@ -1,0 +1,47 @@
+"""What every benchmark is asked for, checked before anything is measured."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from bitkv.benchmark.bandwidth import read_bandwidth
+from bitkv.benchmark.environment import Environment, environment_of_run
+from bitkv.benchmark.timing import Effort, torch_threads
+from bitkv.recipe import Recipe, as_recipe
+
+Progress = Callable[[str, int, int], None]
+"""Called before each step with what it measures, how many steps are done, and how many there are."""
+
+
+def silent(label: str, done: int, total: int) -> None:
+    """Progress that nobody sees."""
+
+
+def name_recipes(recipes: Sequence[Recipe | str]) -> dict[str, Recipe]:
+    """Recipes by what results call them.
+
+    Raises:
+        ValueError: a text that names no recipe.
+    """
+    return {r if isinstance(r, str) else str(r): as_recipe(r) for r in recipes}
+
+
+def check_contexts(contexts: Sequence[int]) -> list[int]:
+    """Contexts without repetitions.
+
+    Raises:
+        ValueError: one below 1.
+    """
+    for context in contexts:
+        if context < 1:
+            raise ValueError(f"a context of {context} tokens is too short; pass 1 or more")
+    return list(dict.fromkeys(contexts))
+
+
+def measure_environments(threads: Sequence[int], effort: Effort, command: str) -> list[Environment]:
+    """One for each number of threads, torch's present one by default, with its read bandwidth."""
+    environments = []
+    for count in dict.fromkeys(threads or [torch.get_num_threads()]):
+        with torch_threads(count):
+            environments.append(environment_of_run(read_bandwidth(effort), command))
+    return environments
