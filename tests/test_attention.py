@@ -1,7 +1,8 @@
-"""Attention over pages, every backend, against float64 over the same dequantized cache.
+"""Attention over pages against float64 over the same dequantized cache.
 
 The allowed error is twice that of PyTorch's attention in the cache's own dtype over the dequantized keys
-and values, both measured against float64.
+and values, both measured against float64. The backend "cpu" rounds queries and probabilities to bytes
+for codes below 8 bits: it has a rule of its own, in tests/test_cpu.py.
 """
 
 import logging
@@ -17,6 +18,7 @@ from bitkv.layer import PagedLayer
 from bitkv.recipe import parse
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+EXACT_BACKEND = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
 
 
 def exactly(sentence: str) -> str:
@@ -157,7 +159,7 @@ def run(case: Case, backend: str):
     return out, lse, *dense(q, k, v, mask, case.softcap), torch_error, mask
 
 
-@BACKEND
+@EXACT_BACKEND
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_dtype(case, backend):
     out, lse, exact_out, exact_lse, torch_error, mask = run(case, backend)
@@ -174,7 +176,7 @@ def test_the_error_is_at_most_twice_that_of_pytorch_in_the_same_dtype(case, back
     assert (lse.double() - exact_lse)[sees].abs().max() < 2**-8
 
 
-@BACKEND
+@EXACT_BACKEND
 def test_positions_say_the_last_token_each_query_sees(backend):
     layer = filled("kivi2", (300, 129))
     q = torch.randn(2, 4, 4, 64).half()
@@ -187,7 +189,7 @@ def test_positions_say_the_last_token_each_query_sees(backend):
     assert torch.allclose(lse.double(), expected_lse, atol=2**-8)
 
 
-@BACKEND
+@EXACT_BACKEND
 def test_chunks_of_queries_see_what_they_would_see_one_by_one(backend):
     layer = filled("best2", (300, 40))
     q = torch.randn(2, 4, 5, 64).half()
@@ -225,7 +227,7 @@ def test_sequences_that_share_pages_get_what_their_own_copies_would_get(backend)
     assert torch.equal(shared, alone[[1, 0, 1]])
 
 
-@BACKEND
+@EXACT_BACKEND
 @pytest.mark.parametrize("factor", [1e-3, 100.0])
 def test_flat_and_needle_like_attention_stay_finite_and_right(factor, backend):
     layer = filled("kivi4", (500,), dtype=torch.float32)

@@ -301,7 +301,8 @@ def test_tokens_of_any_strides_are_put_into_the_window_and_counted(count):
     assert torch.equal(hot_v[:, :, 5 : 5 + count], v)
     assert hot_k.count_nonzero() == k.count_nonzero()
     assert hot_len.tolist() == [5 + count] * 2
-    assert not native.append(k, torch.zeros_like(v).mT.contiguous().mT, hot_k, hot_v, hot_len, 5)
+    if count > 1:  # one token's channels lie side by side either way
+        assert not native.append(k, torch.zeros_like(v).mT.contiguous().mT, hot_k, hot_v, hot_len, 5)
     assert not native.append(k.mT, v.mT, hot_k, hot_v, hot_len, 5)
 
 
