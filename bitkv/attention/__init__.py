@@ -54,7 +54,7 @@ def attend(
     if positions is None:
         lengths, num_queries = view.lengths.unsqueeze(1), q.shape[2]
         # every small operation here costs as much as attention over dozens of tokens
-        if causal:
+        if causal and num_queries > 1:
             positions = lengths + torch.arange(-num_queries, 0, device=q.device)
         else:
             positions = (lengths - 1).expand(-1, num_queries)
