@@ -165,8 +165,8 @@ def is_rival(row: dict[str, Any]) -> bool:
 
 
 def label(row: dict[str, Any]) -> str:
-    """A recipe by its text, a rival by its name and dtype; "cpu" is understood."""
-    if row["backend"] == "cpu":
+    """A cache by its recipe or name, a rival of attention by its name and dtype; "cpu" is understood."""
+    if row["backend"] in ("cpu", "sdpa"):
         return f"`{row['recipe']}`"
     return f"`{row['backend']}` {row['recipe']}"
 
@@ -275,17 +275,20 @@ def batch() -> str:
 
 def append() -> str:
     """What storing a token costs beside attending, without and with a page to pack."""
-    by_operation: dict[str, dict[str, float]] = {"attend": {}, "append": {}, "flush": {}}
+    by_recipe: dict[str, dict[str, float]] = {}
     for row in rows("append"):
         if not is_rival(row):
-            by_operation[row["operation"]][label(row)] = row["ms"]
-    lines = []
-    for name, attend in by_operation["attend"].items():
-        store, flush = by_operation["append"][name], by_operation["flush"][name]
-        share, worst = store / (attend + store), (attend + flush) / (attend + store)
-        cells = (f"{x:.3g}" for x in (attend, store, flush))
-        lines.append([name, *cells, f"{share:.1%}", times(worst)])
-    headings = ["", "attend ms", "append ms", "with a page ms", "append's share", "worst step"]
+            by_recipe.setdefault(label(row), {})[row["operation"]] = row["ms"]
+    lines = [
+        [
+            name,
+            *(f"{ms[operation]:.3g}" for operation in ("step", "append", "flush")),
+            f"{ms['append'] / ms['step']:.1%}",
+            times(ms["flush-step"] / ms["step"]),
+        ]
+        for name, ms in by_recipe.items()
+    ]
+    headings = ["", "step ms", "append ms", "with a page ms", "append's share", "worst step"]
     return markdown(headings, lines)
 
 
@@ -305,6 +308,12 @@ def decode() -> str:
         return f"{row['ms']:.3g} ({times(row['vs_dynamic'])})"
 
     return by_context(rows("decode"), cell)
+
+
+def decode_worst() -> str:
+    """The slowest of the steps that fill a page against the median."""
+    packed = [row for row in rows("decode") if row["backend"] != "sdpa"]
+    return by_context(packed, lambda row: times(row["worst_ms"] / row["ms"]))
 
 
 def decode_cache() -> str:
@@ -337,6 +346,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "pack": pack,
     "decode": decode,
     "decode_cache": decode_cache,
+    "decode_worst": decode_worst,
 }
 
 

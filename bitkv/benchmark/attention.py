@@ -8,6 +8,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 from bitkv.attention import BACKENDS, attend, last_backend
 from bitkv.benchmark import vllm
@@ -131,7 +132,7 @@ class _Bench:
 
     def recipe(self, shape: Shape, context: int, text: str, recipe: Recipe) -> None:
         """Attention with each backend, then append, on one cache."""
-        spare = FLUSHES * len(self.environments)
+        spare = FLUSHES * len(self.environments) * len(self.backends)
         try:
             layer = synthetic_layer(recipe, shape, self._lengths(shape, context), spare_pages=spare)
         except ValueError as error:
@@ -151,13 +152,13 @@ class _Bench:
                 measured = Measurement("attend", name, text, context, ms, nbytes, bits)
                 row = make_row(measured, shape, environment, ragged=self.ragged)
                 rows.append(self._compared(row))
-        for environment in self.environments:
+        for name, environment in product(ran, self.environments):
             with torch_threads(environment.threads):
-                times = append_times(layer, shape)
-            for name in ran:  # appending is the cache's work, the same under every backend
-                for operation, ms in times.items():
-                    measured = Measurement(operation, name, text, context, ms, shape.nbytes(1), bits)
-                    rows.append(make_row(measured, shape, environment, ragged=self.ragged))
+                times = append_times(layer, shape, name)
+            for operation, ms in times.items():
+                read = shape.nbytes(1) + (nbytes if "step" in operation else 0)
+                measured = Measurement(operation, name, text, context, ms, read, bits)
+                rows.append(make_row(measured, shape, environment, ragged=self.ragged))
         self.rows += sorted(rows, key=lambda row: self._order(row.environment))
 
     def _time(self, calls: Sequence[Call]) -> Iterator[tuple[Environment, float]]:

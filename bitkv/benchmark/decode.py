@@ -5,6 +5,7 @@ what a step takes beyond one with an empty cache is the cache: storing, reading,
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from statistics import median
@@ -33,6 +34,7 @@ _INTERMEDIATE = 14336
 _VOCABULARY = 1024  # the real one has 128,256: as much work as two layers, and no cache
 _DTYPE = "bfloat16"
 _QUANTO_BITS = (4, 2)
+_LONGEST = 60.0  # seconds
 
 MakeCache = Callable[[int], Any]
 """A Transformers cache that holds so many tokens."""
@@ -140,7 +142,7 @@ def quantized_cache(config: Any, shape: Shape, bits: int, context: int) -> Any:
 
 def _fill(cache: Any, config: Any, shape: Shape, context: int) -> Any:
     config._attn_implementation = "sdpa"
-    for i in range(config.num_hidden_layers):
+    for i in range(config.num_hidden_layers if context else 0):
         cache.update(*(shape.random(shape.kv_heads, context) for _ in range(2)), i)
     return cache
 
@@ -170,31 +172,48 @@ class _Bench:
         self.rows: list[DecodeRow] = []
         self.refused: list[str] = []
         self.ids = torch.zeros(shape.batch, 1, dtype=torch.long)
+        self.empty = dynamic_cache(model.config, shape, 0)
         self._stock_ms: dict[int, float] = {}  # by threads, beside the present context
-        self._empty_ms: dict[int, float] = {}
 
     def measure(self, name: str, context: int, make: MakeCache) -> None:
         """Steps with a cache of its own for each number of threads."""
         for environment in self.environments:
             try:
                 cache = make(context)
-                times = self._steps(cache, environment)
+                times, empty_ms = self._steps(cache, environment)
             except ValueError as error:
                 self.refused.append(f"{name}: {error}")
                 return
             if name == STOCK:
-                small = dynamic_cache(self.model.config, self.shape, 1)
-                self._empty_ms[environment.threads] = median(self._steps(small, environment))
                 self._stock_ms[environment.threads] = median(times)
-            self.rows.append(self._row(name, context, times, cache, environment))
+            self.rows.append(self._row(name, context, times, empty_ms, cache, environment))
 
-    def _steps(self, cache: Any, environment: Environment) -> list[float]:
-        """Milliseconds of each step; every step adds a token."""
+    def _steps(self, cache: Any, environment: Environment) -> tuple[list[float], float]:
+        """Milliseconds of each step, which adds a token; and the median of steps with an empty cache.
+
+        They take turns, so that a machine that is busy for a while slows both.
+        """
+        effort = self.effort
+        if effort is FULL and hasattr(cache, "paged"):
+            # as many steps as fill a page: one of them packs it
+            effort = Effort(cache.recipe.page_size, seconds=0, limit=_LONGEST)
+        step = partial(self.model, self.ids, past_key_values=cache)
         with torch_threads(environment.threads), torch.inference_mode():
-            return durations([partial(self.model, self.ids, past_key_values=cache)], self.effort)
+            both = durations([step, self._empty_step], replace(effort, repeats=2 * effort.repeats))
+        return both[::2], median(both[1::2] or both)
+
+    def _empty_step(self) -> None:
+        self.model(self.ids, past_key_values=self.empty)
+        self.empty.reset()
 
     def _row(
-        self, name: str, context: int, times: list[float], cache: Any, environment: Environment
+        self,
+        name: str,
+        context: int,
+        times: list[float],
+        empty_ms: float,
+        cache: Any,
+        environment: Environment,
     ) -> DecodeRow:
         ms, shape, layers = median(times), self.shape, len(cache.layers)
         is_packed = hasattr(cache, "paged")
@@ -212,7 +231,7 @@ class _Bench:
             dtype=shape.dtype,
             ms=ms,
             worst_ms=max(times),
-            cache_ms=ms - self._empty_ms[environment.threads],
+            cache_ms=ms - empty_ms,
             bytes=nbytes,
             bits_per_element=8 * nbytes / elements,
             vs_dynamic=self._stock_ms[environment.threads] / ms,

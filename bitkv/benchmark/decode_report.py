@@ -25,8 +25,8 @@ class DecodeRow:
         layers: of the model; a whole Llama-3.1-8B has 32.
         dtype: of weights, activations and the hot window.
         ms: median milliseconds of a step.
-        worst_ms: the slowest step's.
-        cache_ms: `ms` beyond a step with an empty cache: what storing, reading and attending take.
+        worst_ms: the slowest step's; with `--full`, packed caches take enough steps to pack a page.
+        cache_ms: `ms` beyond that of steps with an empty cache, which took turns with these.
         bytes: of keys and values, all layers.
         bits_per_element: of K and V, measured from those bytes.
         vs_dynamic: the stock 16-bit cache's `ms` over this one.

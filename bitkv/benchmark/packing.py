@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitkv import native
+from bitkv.attention import attend
 from bitkv.benchmark.report import Measurement, Operation, Report, Row, make_row
 from bitkv.benchmark.request import (
     Progress,
@@ -31,6 +32,7 @@ from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
 
 FLUSHES = 4  # pages that each sequence packs while appends are timed
+_STEPS_APART = 16  # appends between two that attention follows
 
 
 def run(
@@ -140,18 +142,24 @@ class _Prompt:
                 codec.encode(page_tokens, part_form, out[pages[0] : pages[-1] + 1])
 
 
-def append_times(layer: PagedLayer, shape: Shape) -> dict[Operation, float]:
-    """Median milliseconds of storing one token a sequence: "append" where no page is packed, "flush".
+def append_times(layer: PagedLayer, shape: Shape, backend: str) -> dict[Operation, float]:
+    """Median milliseconds of storing a token a sequence, and of that and attending, by operation.
 
     Other memory is read between two tokens, as a model does. The layer needs room for `FLUSHES` pages
     a sequence: growing its pool, once every quarter of its length, is not measured.
     """
+    q = shape.random(shape.heads, 1)
     k, v = (shape.random(shape.kv_heads, 1) for _ in range(2))
-    times: dict[Operation, list[float]] = {"append": [], "flush": []}
-    for _ in range(FLUSHES * layer.page_size):
+    times: dict[Operation, list[float]] = {"append": [], "step": [], "flush": [], "flush-step": []}
+    for i in range(FLUSHES * layer.page_size):
         evict()
         used, start = layer.pool.num_used, time.perf_counter()
         layer.append(k, v)
-        stop = time.perf_counter()
-        times["flush" if layer.pool.num_used > used else "append"].append(1000 * (stop - start))
+        stored = time.perf_counter()
+        is_flush = layer.pool.num_used > used
+        times["flush" if is_flush else "append"].append(1000 * (stored - start))
+        if is_flush or i % _STEPS_APART == 0:  # all of them would take minutes at 1M tokens
+            attend(q, layer.view(), backend=backend)
+            whole = 1000 * (time.perf_counter() - start)
+            times["flush-step" if is_flush else "step"].append(whole)
     return {operation: median(each) for operation, each in times.items()}

@@ -14,7 +14,8 @@ from bitkv.pages import RAW_DTYPES
 
 _COLUMNS = ("bits", "MB", "ms", "GB/s", "of\nread", "vs\nSDPA", "vs\nvLLM", "append\nms", "flush\nms")
 
-Operation = Literal["attend", "append", "flush", "pack", "prompt"]
+Operation = Literal["attend", "append", "flush", "step", "flush-step", "pack", "prompt"]
+_LINES: tuple[Operation, ...] = ("attend", "pack", "prompt")  # of a table
 _BESIDE: tuple[Operation, ...] = ("append", "flush")  # shown beside the attention they come with
 
 
@@ -24,13 +25,14 @@ class Row:
 
     Args:
         operation: "attend": one new token attends. "append": one new token is stored, where no page
-            is packed; "flush": where one is. "pack": pages are quantized and packed, all of a prompt's;
+            is packed; "flush": where one is. "step" and "flush-step": the same, and it attends, other
+            memory having been read before. "pack": all pages of a prompt are quantized and packed.
             "prompt": an empty cache takes a whole prompt, packing included.
         backend: a key of `bitkv.attention.BACKENDS`; "sdpa-gqa", "sdpa-grouped" or "vllm"; for "pack"
             and "prompt" "cpu" or "torch", whichever packs.
         recipe: the recipe's text; for SDPA and vLLM the dtype of K and V.
-        context: tokens of the longest sequence, the new one included; those there before for "append"
-            and "flush"; those of the prompt for "pack" and "prompt".
+        context: tokens of the longest sequence, the new one included; those there before where one is
+            appended; those of the prompt for "pack" and "prompt".
         dtype: of the queries and the hot window.
         ms: median milliseconds.
         bytes: what the operation must read: for "attend" pages in use and hot window, or K and V;
@@ -143,7 +145,7 @@ def title(row: Row) -> str:
 def _table(rows: Sequence[Row]) -> Table:
     """A line for each measurement; append and flush stand beside the attention they come with."""
     beside = {(row.operation, *_key(row)): row for row in rows if row.operation in _BESIDE}
-    lines = [row for row in rows if row.operation not in _BESIDE]
+    lines = [row for row in rows if row.operation in _LINES]
     cells = [[*_numbers(row), *_added(row, beside)] for row in lines]
     kept = [i for i in range(len(_COLUMNS)) if any(line[i] for line in cells)]
     table = Table(box=None, pad_edge=False, collapse_padding=True, header_style="dim")
