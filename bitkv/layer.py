@@ -134,8 +134,26 @@ class PagedLayer:
         Raises:
             ValueError: shapes, dtypes or devices that do not fit; nothing is changed.
         """
+        if self.is_empty and real is None and k.shape[2] >= self.hot_capacity:
+            self._append_prompt(k, v)
+            return
         self.stage(k, v, real)
         self.commit()
+
+    def _append_prompt(self, k: Tensor, v: Tensor) -> None:
+        """A first prompt goes into pages from where it is: the hot window never holds it."""
+        self._check(k, v, None)
+        self.allocate(k)
+        k, v = k.detach(), v.detach()
+        sinks, tokens = self.num_sink_tokens, k.shape[2]
+        num_pages = 1 + (tokens - self.hot_capacity) // self.page_size
+        stop = sinks + num_pages * self.page_size
+        for b in range(k.shape[0]):
+            self._pack(b, k[b, :, sinks:stop], v[b, :, sinks:stop])
+        self._put(k[:, :, :sinks], v[:, :, :sinks], 0)
+        self._put(k[:, :, stop:], v[:, :, stop:], sinks)
+        self._hot = [sinks + tokens - stop] * len(self._hot)
+        self._set_lengths()
 
     def stage(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Put new tokens into the hot window, widening it as needed; see `append`."""
@@ -182,27 +200,32 @@ class PagedLayer:
             self._resize_hot(limit)
 
     def _pack_oldest(self, b: int, num_pages: int) -> None:
-        start, length, used = self.num_sink_tokens, self._hot[b], len(self._tables[b])
-        pages, stop = self.pool.take(num_pages), start
-        for first, count in _runs(pages):
-            begin, stop = stop, stop + count * self.page_size
-            self._encode(b, begin, stop, self.pool.data[first : first + count])
-        self._widen_table(used + num_pages)
-        self.block_table[b, used : used + num_pages] = torch.tensor(pages, dtype=torch.int32)
+        start, length = self.num_sink_tokens, self._hot[b]
+        stop = start + num_pages * self.page_size
+        self._pack(b, self.hot_k[b, :, start:stop], self.hot_v[b, :, start:stop])
         for hot in (self.hot_k, self.hot_v):
             hot[b, :, start : start + length - stop] = hot[b, :, stop:length].clone()
-        self._tables[b] += pages
         self._hot[b] = start + length - stop
 
-    def _encode(self, b: int, start: int, stop: int, out: Tensor) -> None:
-        """Write hot tokens `start` to `stop` of a sequence into pages `[n, Hkv, page_bytes]`."""
+    def _pack(self, b: int, k: Tensor, v: Tensor) -> None:
+        """Write tokens `[Hkv, n * page_size, D]` into pages behind those of a sequence."""
+        used, num_pages = len(self._tables[b]), k.shape[1] // self.page_size
+        pages, stop = self.pool.take(num_pages), 0
+        for first, count in _runs(pages):
+            tokens = slice(stop, stop := stop + count * self.page_size)
+            self._encode(k[:, tokens], v[:, tokens], self.pool.data[first : first + count])
+        self._widen_table(used + num_pages)
+        self.block_table[b, used : used + num_pages] = torch.tensor(pages, dtype=torch.int32)
+        self._tables[b] += pages
+
+    def _encode(self, k: Tensor, v: Tensor, out: Tensor) -> None:
+        """Write tokens `[Hkv, n * page_size, D]` as pages `[n, Hkv, page_bytes]`."""
         parts = torch.split(out, [self.format.key.nbytes, self.format.value.nbytes], dim=-1)
-        for codec, form, hot, part in (
-            (self.key, self.format.key, self.hot_k, parts[0]),
-            (self.value, self.format.value, self.hot_v, parts[1]),
+        for codec, form, x, part in (
+            (self.key, self.format.key, k, parts[0]),
+            (self.value, self.format.value, v, parts[1]),
         ):
-            x = torch.unflatten(hot[b, :, start:stop], 1, (-1, self.page_size))
-            codec.encode(x.transpose(0, 1), form, part)
+            codec.encode(torch.unflatten(x, 1, (-1, self.page_size)).transpose(0, 1), form, part)
 
     def _widen_table(self, num_pages: int) -> None:
         width = self.block_table.shape[1]

@@ -15,11 +15,15 @@ from torch import Tensor
 _HUGE = 2**21
 
 
+def is_lazy(nbytes: int, device: torch.device) -> bool:
+    """Whether memory of `empty_bytes` costs nothing until it is touched."""
+    return device.type == "cpu" and nbytes >= _HUGE and hasattr(mmap, "MADV_HUGEPAGE")  # Linux
+
+
 def empty_bytes(shape: Sequence[int], device: torch.device) -> Tensor:
     """An uninitialised uint8 tensor."""
     size = math.prod(shape)
-    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
-    if device.type != "cpu" or size < _HUGE or advice is None:
+    if not is_lazy(size, device):
         return torch.empty(shape, dtype=torch.uint8, device=device)
     # its own mapping: the allocator's memory may have been touched already. The part before the first
     # huge page is never touched, and so costs nothing
@@ -27,5 +31,5 @@ def empty_bytes(shape: Sequence[int], device: torch.device) -> Tensor:
     whole = torch.frombuffer(mapping, dtype=torch.uint8)
     start = -whole.data_ptr() % _HUGE
     with suppress(OSError):  # a kernel without huge pages
-        mapping.madvise(advice, start, size // _HUGE * _HUGE)
+        mapping.madvise(mmap.MADV_HUGEPAGE, start, size // _HUGE * _HUGE)
     return whole[start : start + size].view(tuple(shape))

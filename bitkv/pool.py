@@ -1,22 +1,26 @@
 """A pool of equal pages with reference counts."""
 
+from typing import Any, Self
+
 import torch
 from torch import Tensor
 
-from bitkv.memory import empty_bytes
+from bitkv.memory import empty_bytes, is_lazy
 
 _SLACK = 4  # grows by a quarter: doubling would leave half of a long prompt's memory unused
+_ROOM = 4  # times what is needed, where memory that is never touched costs nothing
 
 
 class PagePool:
     """Pages of one layer: uint8 `[num_pages, Hkv, page_bytes]`.
 
     A page is written once and never changed, so sequences that share a prefix share its pages. The pool
-    grows geometrically and copies bytes as they are.
+    grows geometrically, into room behind it where there is some, else by copying bytes as they are.
     """
 
     def __init__(self, num_heads: int, page_bytes: int, device: torch.device) -> None:
-        self.data = empty_bytes((0, num_heads, page_bytes), device)
+        self._memory = empty_bytes((0, num_heads, page_bytes), device)
+        self.data = self._memory
         self._references: list[int] = []
         self._free: list[int] = []
 
@@ -59,12 +63,30 @@ class PagePool:
         old = len(self._references)
         if num_pages <= old:
             return
-        grown = empty_bytes((num_pages, *self.data.shape[1:]), self.data.device)
-        grown[:old] = self.data
-        self.data = grown
+        if num_pages > len(self._memory):
+            self._move(num_pages)
+        self.data = self._memory[:num_pages]
         self._references += [0] * (num_pages - old)
         # popped from the end: pages are handed out in ascending order
         self._free = [*reversed(range(old, num_pages)), *self._free]
+
+    def _move(self, num_pages: int) -> None:
+        page, device = self.data.shape[1:], self.data.device
+        room = _ROOM * num_pages if is_lazy(num_pages * page.numel(), device) else num_pages
+        try:
+            memory = empty_bytes((room, *page), device)
+        except OSError:  # more than the system lends
+            memory = empty_bytes((num_pages, *page), device)
+        memory[: len(self.data)] = self.data
+        self._memory = memory
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Without the room, which a copy of the tensor would fill."""
+        other = type(self)(self.data.shape[1], self.data.shape[2], self.data.device)
+        other.reserve(len(self.data))
+        other.data.copy_(self.data)
+        other._references, other._free = [*self._references], [*self._free]
+        return other
 
     def acquire(self, pages: list[int]) -> None:
         """One more reference to each page named, once per mention."""

@@ -108,7 +108,7 @@ inline void weigh(const Queries& q, int row, int count, const Half* values, Colu
       totals[h] = totals[h] + p;
       offsets[h] = fma(p, middle, offsets[h]);
       squares[h] = fma(y, y, squares[h]);
-      top[h] = max(top[h], values->tables ? sums_of_fours(y) : y);
+      top[h] = max(top[h], values->tables ? sums_of_fours(abs(y)) : abs(y));
     });
   }
   sums_of<H>(totals, total);

@@ -123,7 +123,7 @@ struct ColumnScales {
 
 // How rows of numbers are rounded for codes of BITS bits: to bytes, or so that the sums of four
 // neighbours are bytes of which two can be added. Probabilities are never negative: one bit more.
-template <int BITS, bool kPositive, bool kTables>
+template <int BITS, bool kPositive, bool kTables, bool kOfRows = false>
 struct Rounding {
   static constexpr float kTop = kTables ? (kPositive ? 125 : 61) : (kPositive ? 255 : 127);
   static constexpr float kLow = kTables ? 31 : 254;  // steps of the second term in a unit
@@ -133,13 +133,14 @@ struct Rounding {
   // in steps of Gaussian data's codes: their variance around the middle, and 12 times the squared error
   static constexpr float kVariance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : 7.3f;
   static constexpr float kError = BITS == 1 ? 1.7f : BITS == 2 ? 1.3f : 1.0f;
-  static constexpr float kShare = 0.09f;  // of quantization's error that rounding may add
+  // of quantization's error that rounding may add; where rows have scales of their own, those of the rows
+  // that matter may be far above the average
+  static constexpr float kShare = kOfRows ? 0.03f : 0.07f;
   static constexpr float kBound = kVariance / (kError * kShare * kShare);
   static constexpr bool kUnsigned = kPositive && !kTables;
 
   static F size(F y) {
-    const F positive = kPositive ? y : abs(y);
-    return kTables ? sums_of_fours(positive) : positive;
+    return kTables ? sums_of_fours(abs(y)) : abs(y);
   }
 };
 
@@ -478,7 +479,7 @@ inline void codes_by_column(const Half& part, const uint8_t* data, const float* 
 template <int BITS>
 inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
                          ptrdiff_t ahead, Scratch& s) {
-  using Rule = Rounding<BITS, false, false>;
+  using Rule = Rounding<BITS, false, false, true>;
   const int vectors = part.group * BITS / 32;
   for (int g = 0; g < part.groups; ++g) {
     const uint16_t* scale = part.scales(data) + g * part.rows;
