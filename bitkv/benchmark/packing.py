@@ -146,7 +146,7 @@ def append_times(layer: PagedLayer, shape: Shape, backend: str) -> dict[Operatio
     """Median milliseconds of storing a token a sequence, and of that and attending, by operation.
 
     Other memory is read between two tokens, as a model does. The layer needs room for `FLUSHES` pages
-    a sequence: growing its pool, once every quarter of its length, is not measured.
+    a sequence: moving its pool, once its length is a multiple of the prompt's, is not measured.
     """
     q = shape.random(shape.heads, 1)
     k, v = (shape.random(shape.kv_heads, 1) for _ in range(2))
