@@ -8,6 +8,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -330,3 +331,11 @@ def test_wide_instructions_stand_only_in_the_kernels_compiled_for_them():
     assert all("avx512" in name for name in wide["zmm"])
     assert all("avx512" in name or "avx2" in name for name in wide["ymm"])
     assert all(map(len, wide.values())) == ("avx512" in listing)
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
+@pytest.mark.parametrize("source", ["isa_portable.cpp", "parallel.cpp"])
+def test_what_is_portable_compiles_for_arm64(source, tmp_path):
+    flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-c", "-o", str(tmp_path / "out.o")]
+    csrc = Path(__file__).parents[1] / "bitkv" / "csrc"
+    subprocess.run(["aarch64-linux-gnu-g++", *flags, str(csrc / source)], check=True)
