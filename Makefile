@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test check lint types results clean
+.PHONY: run test sanitize check lint types results clean
 
 run: $(VENV)/.ready  ## answer from the bundled document with a 2-bit cache, beside the 16-bit cache
 	$(BIN)/bitkv generate --demo --compare
 
 test: $(VENV)/.ready  ## all tests
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/.ready  ## the native kernels under AddressSanitizer and UBSan
+	$(BIN)/python -m pytest -m sanitize
 
 check: lint types
 
