@@ -13,7 +13,7 @@ from torch import Tensor
 from bitkv import native
 from bitkv.codecs import Codec
 from bitkv.pages import PageFormat, layout_for
-from bitkv.pool import PagePool
+from bitkv.pool import PagePool, runs
 from bitkv.view import CacheView
 
 _TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")  # none while empty
@@ -211,7 +211,7 @@ class PagedLayer:
         """Write tokens `[Hkv, n * page_size, D]` into pages behind those of a sequence."""
         used, num_pages = len(self._tables[b]), k.shape[1] // self.page_size
         pages, stop = self.pool.take(num_pages), 0
-        for first, count in _runs(pages):
+        for first, count in runs(pages):
             tokens = slice(stop, stop := stop + count * self.page_size)
             self._encode(k[:, tokens], v[:, tokens], self.pool.data[first : first + count])
         self._widen_table(used + num_pages)
@@ -399,12 +399,3 @@ class PagedLayer:
             hot_bytes=hot_elements * self.hot_k.dtype.itemsize,
             hot_elements=hot_elements,
         )
-
-
-def _runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
-    """Neighbours that count up by one, as first number and length."""
-    start = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            yield numbers[start], i - start
-            start = i

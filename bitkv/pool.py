@@ -1,5 +1,6 @@
 """A pool of equal pages with reference counts."""
 
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -99,3 +100,12 @@ class PagePool:
             self._references[page] -= 1
             if self._references[page] == 0:
                 self._free.append(page)
+
+
+def runs(numbers: list[int]) -> Iterator[tuple[int, int]]:
+    """Neighbours that count up by one, as first number and length."""
+    start = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[start], i - start
+            start = i

@@ -130,13 +130,24 @@ struct Rounding {
   static constexpr int kBias = kTables && !kPositive ? 64 : 0;  // what makes sums of four unsigned
   static constexpr int kLowBias = kTables ? 64 : 0;
   static constexpr float kMiddle = float((1 << BITS) - 1) / 2;  // of the code range
-  // in steps of Gaussian data's codes: their variance around the middle, and 12 times the squared error
-  static constexpr float kVariance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : 7.3f;
+  // 12 times the squared error of Gaussian data's codes, in steps
   static constexpr float kError = BITS == 1 ? 1.7f : BITS == 2 ? 1.3f : 1.0f;
   // of quantization's error that rounding may add; where rows have scales of their own, those of the rows
   // that matter may be far above the average
-  static constexpr float kShare = kOfRows ? 0.03f : 0.07f;
-  static constexpr float kBound = kVariance / (kError * kShare * kShare);
+  static constexpr float kShare = kOfRows ? 0.03f : 0.09f;
+  // Numbers that differ more in size than this make scores of which the softmax sees little else, and
+  // there errors grow as quantization's no longer do.
+  static constexpr float kSpread = kTables ? 9 : 5.5f;
+
+  // Whether rounding to this unit may cost more than it should: its variance times that of codes around
+  // their middle, against the square of what quantization did to the numbers.
+  static bool is_coarse(float unit, int columns, int group, float square) {
+    const float variance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : group >= 128 ? 7.3f : 8.0f;
+    const float of_error = variance / (kError * kShare * kShare);
+    const float of_spread = kPositive ? 0 : kTop * kTop / (kSpread * kSpread);
+    return unit * unit * float(columns) * std::max(of_error, of_spread) > square;
+  }
+
   static constexpr bool kUnsigned = kPositive && !kTables;
 
   static F size(F y) {
@@ -208,7 +219,7 @@ inline void round_rest(const float* x, int stride, int columns, const uint16_t* 
 // The sums count codes from the middle of their range, so that the part all codes share is exact and
 // rounding meets only the deviations.
 template <class Rule, int H>
-inline void round_rows(const float* x, int stride, int columns, const uint16_t* scale, const float* largest,
+inline void round_rows(const float* x, int stride, int columns, int group, const uint16_t* scale, const float* largest,
                        const float* square, const float* offset, Scratch& s) {
   float inverse[H], total[H];
   I counts[H];
@@ -232,14 +243,15 @@ inline void round_rows(const float* x, int stride, int columns, const uint16_t* 
   s.has_low = false;
   repeat<H>([&](auto h) {
     s.offset[h] = offset[h] - s.unit[h] * (Rule::kMiddle * total[h] + float(Rule::kBias * columns / 4));
-    s.has_low |= s.unit[h] * s.unit[h] * float(columns) * Rule::kBound > square[h];
+    s.has_low |= Rule::is_coarse(s.unit[h], columns, group, square[h]);
   });
   if (s.has_low) round_rest<Rule, H>(x, stride, columns, scale, inverse, s);
 }
 
 // The same in one pass over rows that are in units already; false if the units do not suit.
 template <class Rule, int H>
-inline bool round_by_guess(const float* x, int stride, int columns, ColumnScales of, const float* inverse, Scratch& s) {
+inline bool round_by_guess(const float* x, int stride, int columns, int group, ColumnScales of, const float* inverse,
+                           Scratch& s) {
   F top[H], squares[H], offsets[H];
   I counts[H];
   for (int h = 0; h < H; ++h) if (inverse[h] == 0) return false;
@@ -275,7 +287,7 @@ inline bool round_by_guess(const float* x, int stride, int columns, ColumnScales
     suits &= largest[h] <= Rule::kTop && largest[h] >= 0.6f * Rule::kTop;
     s.unit[h] = 1 / inverse[h];
     s.offset[h] = s.unit[h] * (offset[h] - Rule::kMiddle * total[h] - float(Rule::kBias * columns / 4));
-    s.has_low |= float(columns) * Rule::kBound > square[h];
+    s.has_low |= Rule::is_coarse(1, columns, group, square[h]);
   });
   if (suits && s.has_low) {
     float ones[H];
@@ -286,15 +298,15 @@ inline bool round_by_guess(const float* x, int stride, int columns, ColumnScales
 }
 
 template <class Rule, int H>
-inline void round_keys(const float* x, int stride, int columns, ColumnScales of, const Guess& guess, int row,
-                       Scratch& s) {
+inline void round_keys(const float* x, int stride, int columns, int group, ColumnScales of, const Guess& guess,
+                       int row, Scratch& s) {
   float* in_units = guess.x + row * stride;
-  if (round_by_guess<Rule, H>(in_units, stride, columns, of, guess.inverse + row, s)) return;
+  if (round_by_guess<Rule, H>(in_units, stride, columns, group, of, guess.inverse + row, s)) return;
   Measured& m = s.measured;
   measure<Rule, H>(x, stride, columns, of, m.largest, m.square, m.offset);
-  round_rows<Rule, H>(x, stride, columns, of.scale, m.largest, m.square, m.offset, s);
+  round_rows<Rule, H>(x, stride, columns, group, of.scale, m.largest, m.square, m.offset, s);
   for (int h = 0; h < H; ++h) {
-    const float inverse = m.largest[h] > 1e-30f ? 0.88f * Rule::kTop / m.largest[h] : 0;
+    const float inverse = m.largest[h] > 1e-30f ? 0.92f * Rule::kTop / m.largest[h] : 0;
     guess.inverse[row + h] = inverse;
     for (int c = 0; c < columns; c += kLanes) {
       store(in_units + h * stride + c, load(x + h * stride + c) * set(inverse));
@@ -446,14 +458,14 @@ inline void codes_by_column(const Half& part, const uint8_t* data, const float* 
       constexpr int H = h();
       const float* xr = x + row * stride;
       if constexpr (!kPositive) {
-        round_keys<Rule, H>(xr, stride, part.columns, of, guess, row, s);
+        round_keys<Rule, H>(xr, stride, part.columns, part.group, of, guess, row, s);
       } else if (measured) {
-        round_rows<Rule, H>(xr, stride, part.columns, nullptr, measured->largest + row, measured->square + row,
+        round_rows<Rule, H>(xr, stride, part.columns, part.group, nullptr, measured->largest + row, measured->square + row,
                             measured->offset + row, s);
       } else {
         Measured& m = s.measured;
         measure<Rule, H>(xr, stride, part.columns, of, m.largest, m.square, m.offset);
-        round_rows<Rule, H>(xr, stride, part.columns, of.scale, m.largest, m.square, m.offset, s);
+        round_rows<Rule, H>(xr, stride, part.columns, part.group, of.scale, m.largest, m.square, m.offset, s);
       }
       Result to = out.from(row);
       if constexpr (kTables) {
@@ -490,7 +502,7 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
       const float* xg = x + row * stride + g * part.group;
       Measured& m = s.measured;
       measure<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, m.largest, m.square, m.offset);
-      round_rows<Rule, H>(xg, stride, part.group, nullptr, m.largest, m.square, m.offset, s);
+      round_rows<Rule, H>(xg, stride, part.group, part.group, nullptr, m.largest, m.square, m.offset, s);
       const float* total = m.offset;  // without scales, the sum of x
       Result to = out.from(row);
       to.add |= g > 0;
