@@ -91,7 +91,7 @@ def hurried() -> Iterator[None]:
         for module in (attention, packing, rivals):
             patch.setattr(module, "cold_copies", lambda nbytes: 2)
         patch.setattr(packing, "evict", lambda: None)
-        patch.setattr(request, "read_bandwidth", lambda effort: 10.0 * torch.get_num_threads())
+        patch.setattr(request, "read_bandwidth", lambda effort, **_: 10.0 * torch.get_num_threads())
         yield
 
 

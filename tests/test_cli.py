@@ -165,7 +165,7 @@ def test_first_difference():
 
 
 def test_bench_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort, **_: 20.0)
     rows, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     code, out, _ = run(
         capsys, "bench", "attention", "--recipe", "kivi2", "--recipe", "asymkv(1, 1)", "--context", 300,
@@ -179,7 +179,7 @@ def test_bench_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
 
 
 def test_bench_pack_writes_rows(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort, **_: 20.0)
     file = tmp_path / "pack.json"
     code, out, err = run(
         capsys, "bench", "pack", "--recipe", "kivi2", "--context", 300, 100, "--kv-heads", 2,
@@ -192,7 +192,7 @@ def test_bench_pack_writes_rows(capsys, tmp_path, monkeypatch):
 
 
 def test_bench_decode_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort: 20.0)
+    monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort, **_: 20.0)
     for name, value in (("_HEADS", 4), ("_KV_HEADS", 2), ("_INTERMEDIATE", 64)):
         monkeypatch.setattr(f"bitkv.benchmark.decode.{name}", value)
     monkeypatch.setattr("bitkv.benchmark.decode.find_spec", lambda name: None)

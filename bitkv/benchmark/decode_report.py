@@ -80,7 +80,7 @@ def _title(row: DecodeRow) -> str:
     return (
         f"One token of {row.layers} layers of Llama-3.1-8B's shape, random weights, {row.dtype}, "
         f"batch {row.batch}\n{environment.device}, {environment.threads_text}, "
-        f"memory read {environment.bandwidth_gbps:.1f} GB/s\n"
+        f"{environment.bandwidth_text}\n"
     )
 
 

@@ -16,10 +16,11 @@ class Environment:
     """Where and how the rows of one run were measured.
 
     Args:
-        bandwidth_gbps: measured memory read bandwidth, GB/s.
+        bandwidth_gbps: measured memory read bandwidth, GB/s, of memory as any tensor has it.
         threads: torch's threads, in every measurement of the run.
         commit: of the source tree, "-dirty" if changed; None outside one.
         date: UTC, ISO 8601.
+        huge_bandwidth_gbps: the same of memory in 2 MB pages, which pools of pages have on Linux.
     """
 
     bandwidth_gbps: float
@@ -29,13 +30,20 @@ class Environment:
     command: str
     commit: str | None
     date: str
+    huge_bandwidth_gbps: float | None = None
 
     @property
     def threads_text(self) -> str:
         return f"{self.threads} thread{'s' if self.threads > 1 else ''}"
 
+    @property
+    def bandwidth_text(self) -> str:
+        huge = self.huge_bandwidth_gbps
+        beside = "" if huge is None else f" ({huge:.1f} in huge pages)"
+        return f"memory read {self.bandwidth_gbps:.1f} GB/s{beside}"
 
-def environment_of_run(bandwidth_gbps: float, command: str) -> Environment:
+
+def environment_of_run(bandwidth_gbps: float, huge_gbps: float, command: str) -> Environment:
     """This process's environment, now."""
     return Environment(
         bandwidth_gbps=bandwidth_gbps,
@@ -45,6 +53,7 @@ def environment_of_run(bandwidth_gbps: float, command: str) -> Environment:
         command=command,
         commit=_commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+        huge_bandwidth_gbps=huge_gbps,
     )
 
 

@@ -138,7 +138,7 @@ def title(row: Row) -> str:
         f"{'A prompt' if packing else 'One new token'}, one layer: batch {row.batch}{lengths}, "
         f"{row.heads} query heads, {row.kv_heads} KV heads, head_dim {row.head_dim}\n"
         f"{environment.device}, {environment.threads_text}, "
-        f"memory read {environment.bandwidth_gbps:.1f} GB/s\n"
+        f"{environment.bandwidth_text}\n"
     )
 
 

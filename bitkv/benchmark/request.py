@@ -43,5 +43,6 @@ def measure_environments(threads: Sequence[int], effort: Effort, command: str) -
     environments = []
     for count in dict.fromkeys(threads or [torch.get_num_threads()]):
         with torch_threads(count):
-            environments.append(environment_of_run(read_bandwidth(effort), command))
+            rates = read_bandwidth(effort), read_bandwidth(effort, huge_pages=True)
+            environments.append(environment_of_run(*rates, command))
     return environments

@@ -233,9 +233,9 @@ struct Plan {
       parts = 1, pages_a_part = pages, hot_parts = 0, hot_a_part = hot;
       return;
     }
-    const int wanted = std::max(1, 64 / items);
+    const int wanted = std::max(1, 32 / items);
     pages_a_part = std::max(4, (pages + wanted - 1) / wanted);
-    hot_a_part = kHotTokens;
+    hot_a_part = 32;  // not all of it for one thread
     hot_parts = (hot + hot_a_part - 1) / hot_a_part;
     parts = (pages + pages_a_part - 1) / pages_a_part + hot_parts;
     parts = std::max(parts, 1);
@@ -281,7 +281,7 @@ inline void attend_item(const AttendRequest& r, const Plan& plan, int item, floa
   static thread_local std::vector<Softmax> softmaxes;
   static thread_local std::unique_ptr<Scratch> scratch;
   if (!scratch) scratch = std::make_unique<Scratch>();
-  const int p = item % plan.parts, range = item / plan.parts % plan.head_ranges;
+  const int p = plan.parts - 1 - item % plan.parts, range = item / plan.parts % plan.head_ranges;
   const int tile = item / plan.parts / plan.head_ranges % plan.tiles;
   const int b = item / plan.parts / plan.head_ranges / plan.tiles;
   const int head0 = plan.head_ranges == 1 ? 0 : range, heads = plan.head_ranges == 1 ? r.kv_heads : 1;
@@ -380,7 +380,7 @@ void attend(const AttendRequest& r) {
   float* partials = plan.parts == 1 ? nullptr : grown(buffer, size_t(rows) * plan.parts * (r.head_dim + kLanes));
   parallel_for(plan.items(r), r.threads, [&](int item) { attend_item(r, plan, item, partials); });
   if (plan.parts == 1) return;
-  constexpr int kRowsAnItem = 64;
+  constexpr int kRowsAnItem = 8;
   parallel_for(int((rows + kRowsAnItem - 1) / kRowsAnItem), r.threads, [&](int item) {
     const int64_t end = std::min(rows, int64_t(item + 1) * kRowsAnItem);
     for (int64_t row = int64_t(item) * kRowsAnItem; row < end; ++row) merge(r, plan, row, partials);
