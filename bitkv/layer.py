@@ -228,8 +228,7 @@ class PagedLayer:
             codec.encode(torch.unflatten(x, 1, (-1, self.page_size)).transpose(0, 1), form, part)
 
     def _widen_table(self, num_pages: int) -> None:
-        width = self.block_table.shape[1]
-        if num_pages > width:
+        if (width := self.block_table.shape[1]) < num_pages:
             extra = max(num_pages - width, width)
             self.block_table = torch.nn.functional.pad(self.block_table, (0, extra))
 

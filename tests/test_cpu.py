@@ -403,8 +403,8 @@ def test_any_mixture(case):
 def test_instruction_sets_agree(recipe, queries):
     case = case_of(recipe, (1000, 300), head_dim=128, heads=8, queries=queries, dtype=FLOAT)
     (out, lse), *others = (case.run(isa) for isa in ISAS)
-    # where a number lies half-way between two int8 values, it may become either; some of many queries get
-    # a second term because they are multiplied beside one that needs it: eight at once, or four
+    # where a number lies half-way between two int8 values, it may become either; some of many queries
+    # get a second term because one beside them needs it, and eight are multiplied at once, or four
     rounded = min(case.layer.format.key.bits, case.layer.format.value.bits) < 8
     rounding = (2**-12 if queries == 1 else 2**-6) if rounded else 2**-18
     for other, other_lse in others:

@@ -33,7 +33,9 @@ def read_json(path: Path | str, kind: type[AnyRow]) -> list[AnyRow]:
     shared = [field.name for field in fields(Environment)]
     try:
         records: list[dict[str, Any]] = json.loads(Path(path).read_text(encoding="utf-8"))
-        environments = [Environment(**{name: r.pop(name) for name in shared}) for r in records]
+        environments = [
+            Environment(**{name: r.pop(name) for name in shared if name in r}) for r in records
+        ]
         return [kind(**r, environment=e) for r, e in zip(records, environments, strict=True)]
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(

@@ -141,14 +141,15 @@ struct Rounding {
 
   // Whether rounding to this unit may cost more than it should: its variance times that of codes around
   // their middle, against the square of what quantization did to the numbers.
-  static bool is_coarse(float unit, int columns, int group, float square) {
+  static bool is_coarse(float unit, float largest, int columns, int group, float square) {
     const float variance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : group >= 128 ? 7.3f : 8.0f;
-    const float of_error = variance / (kError * kShare * kShare);
-    const float of_spread = kPositive ? 0 : kTop * kTop / (kSpread * kSpread);
-    return unit * unit * float(columns) * std::max(of_error, of_spread) > square;
+    const float of_error = unit * unit * variance / (kError * kShare * kShare);
+    const float of_spread = kPositive ? 0 : largest * largest / (kSpread * kSpread);
+    return float(columns) * std::max(of_error, of_spread) > square;
   }
 
   static constexpr bool kUnsigned = kPositive && !kTables;
+  static constexpr bool kIsFine = BITS == 4;
 
   static F size(F y) {
     return kTables ? sums_of_fours(abs(y)) : abs(y);
@@ -243,7 +244,7 @@ inline void round_rows(const float* x, int stride, int columns, int group, const
   s.has_low = false;
   repeat<H>([&](auto h) {
     s.offset[h] = offset[h] - s.unit[h] * (Rule::kMiddle * total[h] + float(Rule::kBias * columns / 4));
-    s.has_low |= Rule::is_coarse(s.unit[h], columns, group, square[h]);
+    s.has_low |= Rule::is_coarse(s.unit[h], largest[h], columns, group, square[h]);
   });
   if (s.has_low) round_rest<Rule, H>(x, stride, columns, scale, inverse, s);
 }
@@ -284,10 +285,10 @@ inline bool round_by_guess(const float* x, int stride, int columns, int group, C
   bool suits = true;
   s.has_low = false;
   repeat<H>([&](auto h) {
-    suits &= largest[h] <= Rule::kTop && largest[h] >= 0.6f * Rule::kTop;
+    suits &= largest[h] <= Rule::kTop && largest[h] >= 0.5f * Rule::kTop;
     s.unit[h] = 1 / inverse[h];
     s.offset[h] = s.unit[h] * (offset[h] - Rule::kMiddle * total[h] - float(Rule::kBias * columns / 4));
-    s.has_low |= Rule::is_coarse(1, columns, group, square[h]);
+    s.has_low |= Rule::is_coarse(1, largest[h], columns, group, square[h]);
   });
   if (suits && s.has_low) {
     float ones[H];
@@ -305,8 +306,10 @@ inline void round_keys(const float* x, int stride, int columns, int group, Colum
   Measured& m = s.measured;
   measure<Rule, H>(x, stride, columns, of, m.largest, m.square, m.offset);
   round_rows<Rule, H>(x, stride, columns, group, of.scale, m.largest, m.square, m.offset, s);
+  // room for larger scales to come: more of it where few tokens make a scale, less at 4 bits
+  const float room = Rule::kIsFine ? 0.92f : group >= 128 ? 0.85f : 0.75f;
   for (int h = 0; h < H; ++h) {
-    const float inverse = m.largest[h] > 1e-30f ? 0.92f * Rule::kTop / m.largest[h] : 0;
+    const float inverse = m.largest[h] > 1e-30f ? room * Rule::kTop / m.largest[h] : 0;
     guess.inverse[row + h] = inverse;
     for (int c = 0; c < columns; c += kLanes) {
       store(in_units + h * stride + c, load(x + h * stride + c) * set(inverse));
