@@ -8,7 +8,16 @@ from bitkv.benchmark.decode_report import STOCK, DecodeRow
 from bitkv.benchmark.drawing import Line, Panel, check_plot, draw
 from bitkv.benchmark.report import Row
 
-_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe-Ito
+_COLORS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#6a3d9a",
+    "#8c564b",
+)  # Okabe-Ito
 _MARKERS = ("o", "s", "^", "D", "v", "P")
 _RIVAL_COLORS = ("#444444", "#999999", "#bbbbbb")
 _LABEL_LENGTH = 28  # a recipe written out would leave no room for the panels
