@@ -42,7 +42,6 @@ struct Part {
   int num_scales() const { return is_raw() ? 0 : rows * columns / group; }
   size_t nbytes() const { return code_bytes() + 4 * size_t(num_scales()); }
 
-  const uint8_t* tail(const uint8_t* part) const { return part + blocks() * block_bytes(); }
   const uint16_t* scales(const uint8_t* part) const {
     return reinterpret_cast<const uint16_t*>(part + code_bytes());
   }
