@@ -262,6 +262,11 @@ class PartFormat:
         return 1 if self.site == "key" and self.granularity == "token" else self.group_size
 
     @property
+    def folds(self) -> int:
+        """Rows of codes that share a row of words in the layout "strided"."""
+        return _folds(self.columns, self.bits)
+
+    @property
     def code_bytes(self) -> int:
         return self.rows * self.columns * self.bits // 8
 

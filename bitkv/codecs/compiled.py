@@ -1,4 +1,7 @@
-"""Quantize and pack by a native kernel, where there is one."""
+"""Quantize and pack by a kernel, where there is one: native on a CPU, Triton on a GPU."""
+
+from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -9,7 +12,15 @@ from bitkv.pages import LANES, RAW_DTYPES, PartFormat
 
 def encode_natively(x: Tensor, form: PartFormat, levels: int | None, out: Tensor) -> bool:
     """Write pages `x` `[n, H, page_size, head_dim]` as bytes `[n, H, nbytes]`; False if it cannot."""
-    if levels is None or form.layout != "lanes" or not _fits(x, form, out) or native.why_not():
+    if levels is None or not _fits(x, form, out):
+        return False
+    if x.is_cuda:
+        return form.layout == "strided" and _encode_on_gpu(x, form, levels, out)
+    return form.layout == "lanes" and _encode_on_cpu(x, form, levels, out)
+
+
+def _encode_on_cpu(x: Tensor, form: PartFormat, levels: int, out: Tensor) -> bool:
+    if native.why_not() or not (form.is_raw or form.group_size % LANES == 0):
         return False
     pages, heads, page_size, head_dim = x.shape
     native.module().encode(
@@ -28,7 +39,23 @@ def encode_natively(x: Tensor, form: PartFormat, levels: int | None, out: Tensor
     return True
 
 
+def _encode_on_gpu(x: Tensor, form: PartFormat, levels: int, out: Tensor) -> bool:
+    if (kernels := _triton()) is not None:
+        kernels.encode(x, form, levels, out)
+    return kernels is not None
+
+
+@cache
+def _triton() -> ModuleType | None:
+    """The kernels in Triton; None where it is not installed."""
+    try:
+        from bitkv.codecs import triton
+    except ImportError:
+        return None
+    return triton
+
+
 def _fits(x: Tensor, form: PartFormat, out: Tensor) -> bool:
-    known = x.dtype == RAW_DTYPES[form.dtype] if form.is_raw else not form.group_size % LANES
-    on_cpu = x.device.type == out.device.type == "cpu"
-    return known and on_cpu and x.dtype in native.DTYPES and x.stride(3) == 1 and out.stride(2) == 1
+    known = not form.is_raw or x.dtype == RAW_DTYPES[form.dtype]
+    one_device = x.device == out.device and x.device.type in ("cpu", "cuda")
+    return known and one_device and x.dtype in native.DTYPES and x.stride(3) == 1 and out.stride(2) == 1
