@@ -1,5 +1,9 @@
-"""Every test starts from one seed, and memory that nobody has written reads as NaN or 0xFF."""
+"""Every test starts from one seed, and memory that nobody has written reads as NaN or 0xFF.
 
+Without a GPU, Triton's interpreter runs the GPU's kernels on CPU tensors.
+"""
+
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +13,13 @@ import torch
 from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 settings.register_profile("bitkv", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("bitkv")
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # Triton looks when it is imported, by transformers at the latest
+    )
 torch.set_num_threads(1)  # tensors are tiny here: threads cost more than they give
 
 
@@ -43,6 +50,8 @@ def _poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.fixture(scope="session")
 def saved_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a tiny random Qwen3 with a tokenizer of bytes and a context of 2048."""
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate(["<bos>", "<eos>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))

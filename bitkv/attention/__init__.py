@@ -5,13 +5,13 @@ import logging
 import torch
 from torch import Tensor
 
-from bitkv.attention import cpu, reference
+from bitkv.attention import cpu, reference, triton
 from bitkv.attention.base import AttentionRequest, Backend
 from bitkv.view import CacheView
 
 __all__ = ["BACKENDS", "AttentionRequest", "Backend", "attend", "choose", "last_backend"]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu.BACKEND, reference.BACKEND)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (triton.BACKEND, cpu.BACKEND, reference.BACKEND)}
 """Every backend, in the order in which "auto" tries them."""
 
 _log = logging.getLogger("bitkv")

@@ -1,0 +1,264 @@
+"""Attention on GPUs by Triton kernels, as the operator `bitkv::triton_attend`.
+
+Tokens are shared out among programs (split-KV) and their results merged by log-sum-exp. Lengths stay on
+the device: the number of programs follows from shapes alone, so a captured graph stays valid while
+sequences grow. The kernels are in `triton_kernels`, which is imported with the first call.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache
+from importlib.util import find_spec
+from math import e, log2
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitkv.attention.base import AttentionRequest, Backend
+from bitkv.attention.tiling import Variant
+from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
+
+HOT_TOKENS = 32  # of the hot window, that a program takes at a time
+_DTYPES = tuple(RAW_DTYPES.values())
+_EVERY_TOKEN = 2**30  # a window that hides nothing
+_MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
+
+
+class Queries(NamedTuple):
+    """Queries `[B, Hq, Tq, D]`, Hq = Hkv * ratio, and the last token each sees, `[B, Tq]`."""
+
+    q: Tensor
+    positions: Tensor
+    stride_b: int
+    stride_h: int
+    stride_t: int
+    last_stride_b: int
+    last_stride_t: int
+    ratio: int
+    length: int
+
+
+class Cache(NamedTuple):
+    """Tensors as in `CacheView`; strides of the hot window in elements."""
+
+    pages: Tensor
+    block_table: Tensor
+    packed_len: Tensor
+    hot_k: Tensor
+    hot_v: Tensor
+    hot_len: Tensor
+    kv_heads: int
+    table_width: int
+    stride_b: int
+    stride_h: int
+    sinks: int
+
+
+class Score(NamedTuple):
+    """The factor that takes inner products to scores of base 2, window and softcap."""
+
+    factor: float
+    softcap: float
+    window: int
+
+
+class Result(NamedTuple):
+    """Where splits put `[splits, rows, D]` and `[splits, rows]`, rows as in `[B, Hq, Tq]`."""
+
+    out: Tensor
+    lse: Tensor
+    rows: int
+
+
+class Launch(NamedTuple):
+    """Parameters of a launch: queries a program, its warps, its pipeline stages, programs an SM."""
+
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def interpreted() -> bool:
+    """Whether Triton's interpreter runs kernels, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    """Streaming multiprocessors, or compute units."""
+    if device.type == "cpu":
+        return 1  # of an imaginary GPU
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
+    """Parameters for `rows` queries that share a KV head.
+
+    Few queries leave tensor cores idle whatever one does: what counts is instructions, and programs of
+    one warp need the fewest, without barriers and without an exchange of weights between warps.
+    Unquantized pages and many queries need the registers of more.
+    """
+    raw = form.key.is_raw or form.value.is_raw
+    columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 64)
+    if columns > 16 or raw:
+        return Launch(columns, 4, 2, 2)
+    return Launch(columns, 1 if columns * form.head_dim <= 1024 else 2, 2, 8)
+
+
+def splits_of(grid: int, max_pages: int, hot_capacity: int, slots: int) -> int:
+    """Programs that share a sequence's tokens: as many as a device runs at once, none without work."""
+    return max(1, min(slots // max(grid, 1), max(max_pages, -(-hot_capacity // HOT_TOKENS))))
+
+
+@cache
+def _format(key: tuple[int, ...], value: tuple[int, ...]) -> PageFormat:
+    """The page format with these `PartFormat.numbers`."""
+    page_size, head_dim = key[1:3]
+    names = tuple(RAW_DTYPES)
+
+    def part(
+        site: Any, bits: int, _: int, __: int, group: int, row_scales: int, dtype: int
+    ) -> PartFormat:
+        granularity: Any = "token" if row_scales or site == "value" else "channel"
+        return PartFormat(site, bits, granularity, group, head_dim, page_size, names[dtype])
+
+    return PageFormat(part("key", *key), part("value", *value))
+
+
+def _attend(
+    q: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    packed_len: Tensor,
+    hot_k: Tensor,
+    hot_v: Tensor,
+    hot_len: Tensor,
+    positions: Tensor,
+    key: Sequence[int],
+    value: Sequence[int],
+    num_sink_tokens: int,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
+
+    Args:
+        key, value: `PartFormat.numbers` of the two halves of a page.
+        window: `2**30` for none.
+        softcap: 0 for none.
+    """
+    from bitkv.attention import triton_kernels as kernels
+
+    form = _format(tuple(key), tuple(value))
+    q = q if q.stride(3) == 1 else q.contiguous()
+    pages = pages.contiguous()
+    block_table, packed_len, hot_len = (x.contiguous() for x in (block_table, packed_len, hot_len))
+    if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
+        hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
+    batch, heads, count, head_dim = q.shape
+    kv_heads, rows = hot_k.shape[1], batch * heads * count
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(batch, heads, count, dtype=torch.float32)
+    if not rows:
+        return out, lse
+    ratio = heads // kv_heads
+    chosen = launch_of(form, ratio * count, amd=torch.version.hip is not None)
+    grid = kv_heads * -(-ratio * count // chosen.columns), batch
+    slots = _processors(q.device) * chosen.programs
+    splits = splits_of(grid[0] * grid[1], block_table.shape[1], hot_k.shape[2], slots)
+    result = Result(out, lse, rows)
+    if splits > 1:
+        result = Result(
+            q.new_empty(splits, rows, head_dim, dtype=torch.float32),
+            q.new_empty(splits, rows, dtype=torch.float32),
+            rows,
+        )
+    variant = Variant.of(
+        form,
+        chosen.columns,
+        window=window < _EVERY_TOKEN,
+        softcap=softcap > 0,
+        assembly=q.is_cuda and torch.version.hip is None,
+        interpreted=interpreted(),
+    )
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        kernels.attend_kernel[splits, *grid](
+            Queries(
+                *(q, positions, q.stride(0), q.stride(1), q.stride(2)),
+                *(positions.stride(0), positions.stride(1), ratio, count),
+            ),
+            Cache(
+                *(pages, block_table, packed_len, hot_k, hot_v, hot_len),
+                *(kv_heads, block_table.shape[1], *hot_k.stride()[:2], num_sink_tokens),
+            ),
+            Score(scale * log2(e), softcap, window),
+            result,
+            variant,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
+        )
+        if splits > 1:
+            blocks = -(-head_dim // _MERGED_CHANNELS)
+            kernels.merge_kernel[rows, blocks](
+                *result[:2], out, lse, rows, splits, head_dim, _MERGED_CHANNELS, _MERGED_SPLITS, variant
+            )
+    return out, lse
+
+
+triton_attend = torch.library.custom_op("bitkv::triton_attend", _attend, mutates_args=())
+
+
+@triton_attend.register_fake
+def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Softmax attention with sums in float32; see `Backend.run`."""
+    q, view, form = request.q, request.view, request.view.format
+    # the operator's dispatch in Python takes longer than launching a kernel
+    plain = type(q) is Tensor and not torch.compiler.is_compiling()
+    return (_attend if plain else triton_attend)(
+        q,
+        view.pages,
+        view.block_table,
+        view.packed_len,
+        view.hot_k,
+        view.hot_v,
+        view.hot_len,
+        request.positions,
+        form.key.numbers,
+        form.value.numbers,
+        view.num_sink_tokens,
+        request.scale,
+        _EVERY_TOKEN if request.window is None else min(request.window, _EVERY_TOKEN),
+        request.softcap or 0.0,
+    )
+
+
+def _refuse(request: AttentionRequest) -> str | None:
+    q, view = request.q, request.view
+    if q.device.type != "cuda" and not (q.device.type == "cpu" and interpreted()):
+        return f"it got tensors on {q.device}, and takes tensors on a CUDA device"
+    if find_spec("triton") is None:
+        return "it needs the package triton, which is not installed"
+    for x in (q, view.hot_k):
+        if x.dtype not in _DTYPES:
+            return f"it got {x.dtype}, and takes float16, bfloat16 and float32"
+    return _refuse_format(view.format)
+
+
+def _refuse_format(form: PageFormat) -> str | None:
+    if form.key.layout != "strided":
+        return f"it got pages of the layout {form.key.layout!r}, and takes 'strided'"
+    if form.head_dim > 256:
+        return f"it got head_dim {form.head_dim}, and takes at most 256"
+    return None
+
+
+BACKEND = Backend("triton", attend, _refuse)
