@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitkv.files import replacing
-from bitkv.layer import PagedLayer, Usage
+from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe, as_recipe
 from bitkv.snapshot import restore, state
+from bitkv.static import StaticLayer
+from bitkv.view import Usage
 
 _MAGIC = "bitkv cache 1"
 
@@ -24,25 +27,45 @@ class PagedCache:
         recipe: a `Recipe` or its text.
         num_layers: layers of the model; a layer that never gets tokens costs nothing.
         layout: order of codes inside pages; see `PagedLayer`.
+        max_tokens: take room for so many tokens a sequence at once, on a GPU; layers are then
+            `StaticLayer`s, whose step can be replayed as a CUDA graph. By default layers grow.
 
     Raises:
         ValueError: a text that names no recipe.
     """
 
-    def __init__(self, recipe: Recipe | str, num_layers: int, *, layout: str | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | str,
+        num_layers: int,
+        *,
+        layout: str | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
         self.recipe = as_recipe(recipe)
+        self.max_tokens = max_tokens
         self.layers = [self._new_layer(i, layout) for i in range(num_layers)]
 
     def _new_layer(self, layer_idx: int, layout: str | None) -> PagedLayer:
-        key, value = self.recipe.codecs(layer_idx)
-        return PagedLayer(
-            key,
-            value,
+        new = PagedLayer if self.max_tokens is None else partial(StaticLayer, max_tokens=self.max_tokens)
+        return new(
+            *self.recipe.codecs(layer_idx),
             num_sink_tokens=self.recipe.num_sink_tokens,
             recent_tokens=self.recipe.recent_tokens,
             page_size=self.recipe.page_size,
             layout=layout,
         )
+
+    def step(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
+        """Add tokens `[B, Hkv, T, D]` to a layer on the device alone; see `StaticLayer.step`.
+
+        Raises:
+            ValueError: the cache was made without `max_tokens`, or the tokens do not fit.
+        """
+        layer = self.layers[layer_idx]
+        if not isinstance(layer, StaticLayer):
+            raise ValueError("this cache grows; make it with max_tokens to step, or append")
+        layer.step(k, v)
 
     def append(self, layer_idx: int, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Add tokens `[B, Hkv, T, D]` to a layer; see `PagedLayer.append`."""

@@ -5,29 +5,21 @@ window; full pages only are packed, once, and never re-quantized.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitkv import native
+from bitkv.checks import check_tokens
 from bitkv.codecs import Codec
+from bitkv.memory import integers
 from bitkv.pages import PageFormat, layout_for
 from bitkv.pool import PagePool, runs
-from bitkv.view import CacheView
+from bitkv.view import CacheView, Usage
 
 _TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")  # none while empty
 _CPU = torch.device("cpu")
 _FEW_TOKENS = 16  # as many are put into the window without torch's operations, which take microseconds
-
-
-class Usage(NamedTuple):
-    """Bytes, and elements of K and V they stand for, in pages and in the hot window."""
-
-    page_bytes: int
-    page_elements: int
-    hot_bytes: int
-    hot_elements: int
 
 
 class PagedLayer:
@@ -99,29 +91,39 @@ class PagedLayer:
         """Tokens the hot window holds between two calls of `append`."""
         return self.num_sink_tokens + self.recent_tokens + self.page_size
 
+    @property
+    def window_capacity(self) -> int:
+        """Tokens its tensors have room for, except while a long chunk is staged."""
+        return self.hot_capacity
+
     def allocate(self, k: Tensor) -> None:
         """Make the tensors of an empty cache for tokens like `k` `[B, Hkv, T, D]`."""
         batch, heads, _, head_dim = k.shape
         self._format = self.page_format(head_dim, k.dtype, k.device)
         self.pool = PagePool(heads, self._format.page_bytes, k.device)
-        self.hot_k = k.new_empty(batch, heads, self.hot_capacity, head_dim)
+        self.hot_k = k.new_empty(batch, heads, self.window_capacity, head_dim)
         self.hot_v = torch.empty_like(self.hot_k)
         self.set_sequences([[] for _ in range(batch)], [0] * batch)
 
     def set_sequences(self, tables: Sequence[Sequence[int]], hot: Sequence[int]) -> None:
         """Make these the pages and the number of hot tokens of each sequence; the tensors follow."""
         self._tables, self._hot = [list(row) for row in tables], list(hot)
-        width = max(map(len, self._tables), default=0)
-        rows = [row + [0] * (width - len(row)) for row in self._tables]
-        table = torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
-        self.block_table = table.to(self.hot_k.device)
+        rows = self._table_rows()
+        width = max(map(len, rows), default=0)
+        rows = [row + [0] * (width - len(row)) for row in rows]
+        self.block_table = integers(rows, self.hot_k.device).view(len(rows), width)
         self._set_lengths()
+
+    def _table_rows(self) -> list[list[int]]:
+        """What the block table names."""
+        return self._tables
 
     def _set_lengths(self) -> None:
         packed = [len(row) * self.page_size for row in self._tables]
-        self.packed_len, self.hot_len = (
-            torch.tensor(x, dtype=torch.int32, device=self.hot_k.device) for x in (packed, self._hot)
-        )
+        self.packed_len, self.hot_len = (integers(x, self.hot_k.device) for x in (packed, self._hot))
+
+    def _refresh(self) -> None:
+        """Before lists are read: nothing, they are the truth."""
 
     # --- growing -------------------------------------------------------------------------------
 
@@ -142,7 +144,7 @@ class PagedLayer:
 
     def _append_prompt(self, k: Tensor, v: Tensor) -> None:
         """A first prompt goes into pages from where it is: the hot window never holds it."""
-        self._check(k, v, None)
+        check_tokens(k, v, None, None)
         self.allocate(k)
         k, v = k.detach(), v.detach()
         sinks, tokens = self.num_sink_tokens, k.shape[2]
@@ -157,9 +159,10 @@ class PagedLayer:
 
     def stage(self, k: Tensor, v: Tensor, real: Tensor | None = None) -> None:
         """Put new tokens into the hot window, widening it as needed; see `append`."""
-        self._check(k, v, real)
+        check_tokens(k, v, real, None if self.is_empty else self.hot_k)
         if self.is_empty:
             self.allocate(k)
+        self._refresh()
         if k.requires_grad or v.requires_grad:
             k, v = k.detach(), v.detach()
         count, starts = k.shape[2], self._hot
@@ -168,14 +171,14 @@ class PagedLayer:
         needed = max(lengths, default=0)
         if needed > self.hot_k.shape[2]:
             self._resize_hot(needed)
-        if real is None and starts.count(needed - count) == len(starts):
-            self._put(k, v, needed - count)
+        if real is None:
+            is_even = starts.count(needed - count) == len(starts)
+            self._put(k, v, needed - count) if is_even else self._put_ragged(k, v)
             self._hot = lengths
             return
         for b, (start, stop) in enumerate(zip(starts, lengths, strict=True)):
-            rows = slice(None) if real is None else real[b]
-            self.hot_k[b, :, start:stop] = k[b, :, rows]
-            self.hot_v[b, :, start:stop] = v[b, :, rows]
+            self.hot_k[b, :, start:stop] = k[b, :, real[b]]
+            self.hot_v[b, :, start:stop] = v[b, :, real[b]]
         self._hot = lengths
         self._set_lengths()
 
@@ -188,16 +191,25 @@ class PagedLayer:
         self.hot_v.narrow(2, start, count).copy_(v)
         self.hot_len.add_(count)
 
+    def _put_ragged(self, k: Tensor, v: Tensor) -> None:
+        """New tokens of all sequences, each behind its own."""
+        slots = self.hot_len[:, None] + torch.arange(k.shape[2], device=k.device)
+        slots = slots[:, None, :, None].expand_as(k)
+        self.hot_k.scatter_(2, slots, k)
+        self.hot_v.scatter_(2, slots, v)
+        self.hot_len.add_(k.shape[2])
+
     def commit(self) -> None:
         """Pack the oldest recent tokens into pages where a full page has left the window."""
+        self._refresh()
         limit = self.hot_capacity
         if max(self._hot, default=0) >= limit:
             for b, length in enumerate(self._hot):
                 if length >= limit:
                     self._pack_oldest(b, 1 + (length - limit) // self.page_size)
             self._set_lengths()
-        if self.hot_k.shape[2] > limit:
-            self._resize_hot(limit)
+        if self.hot_k.shape[2] > self.window_capacity:
+            self._resize_hot(self.window_capacity)
 
     def _pack_oldest(self, b: int, num_pages: int) -> None:
         start, length = self.num_sink_tokens, self._hot[b]
@@ -210,13 +222,17 @@ class PagedLayer:
     def _pack(self, b: int, k: Tensor, v: Tensor) -> None:
         """Write tokens `[Hkv, n * page_size, D]` into pages behind those of a sequence."""
         used, num_pages = len(self._tables[b]), k.shape[1] // self.page_size
-        pages, stop = self.pool.take(num_pages), 0
+        pages, stop = self._take_pages(b, num_pages), 0
         for first, count in runs(pages):
             tokens = slice(stop, stop := stop + count * self.page_size)
             self._encode(k[:, tokens], v[:, tokens], self.pool.data[first : first + count])
         self._widen_table(used + num_pages)
-        self.block_table[b, used : used + num_pages] = torch.tensor(pages, dtype=torch.int32)
+        self.block_table[b, used : used + num_pages] = integers(pages, self.block_table.device)
         self._tables[b] += pages
+
+    def _take_pages(self, b: int, num_pages: int) -> list[int]:
+        """Free pages for a sequence to write."""
+        return self.pool.take(num_pages)
 
     def _encode(self, k: Tensor, v: Tensor, out: Tensor) -> None:
         """Write tokens `[Hkv, n * page_size, D]` as pages `[n, Hkv, page_bytes]`."""
@@ -239,35 +255,6 @@ class PagedLayer:
             new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
             new[:, :, :keep] = old[:, :, :keep]
             setattr(self, name, new)
-
-    def _check(self, k: Tensor, v: Tensor, real: Tensor | None) -> None:
-        if k.shape != v.shape or k.dim() != 4:
-            raise ValueError(
-                f"keys {tuple(k.shape)} and values {tuple(v.shape)} must both be [B, Hkv, T, D]"
-            )
-        if k.device != v.device or k.dtype != v.dtype:
-            raise ValueError(
-                f"keys are {k.dtype} on {k.device}, values {v.dtype} on {v.device}; "
-                "move them to one device and dtype"
-            )
-        columns = (k.shape[0], k.shape[2])
-        if real is not None and (real.shape != columns or real.dtype != torch.bool):
-            raise ValueError(
-                f"the mask of real tokens is {real.dtype} {tuple(real.shape)}; pass torch.bool {columns}"
-            )
-        if self.is_empty:
-            return
-        mine = self.hot_k
-        if mine.device != k.device:
-            raise ValueError(
-                f"the cache is on {mine.device}, the new tokens on {k.device}; move them there"
-            )
-        if k.shape[:2] != mine.shape[:2] or k.shape[3] != mine.shape[3] or k.dtype != mine.dtype:
-            expected, got = ((*x.shape[:2], x.shape[3], str(x.dtype)) for x in (mine, k))
-            raise ValueError(
-                f"new tokens have (batch, heads, head_dim, dtype) {got}, the cache {expected}; "
-                "reset the cache or pass matching tensors"
-            )
 
     # --- shrinking, moving ---------------------------------------------------------------------
 
@@ -318,6 +305,7 @@ class PagedLayer:
         """
         if self.is_empty:
             return
+        self._refresh()
         chosen, old = indices.tolist(), self._tables
         if not all(0 <= b < len(old) for b in chosen):
             raise ValueError(
@@ -331,6 +319,7 @@ class PagedLayer:
 
     def page_lists(self) -> list[list[int]]:
         """The pages of each sequence, in order."""
+        self._refresh()
         return [list(row) for row in self._tables]
 
     # --- reading -------------------------------------------------------------------------------
@@ -338,6 +327,7 @@ class PagedLayer:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence."""
+        self._refresh()
         pairs = zip(self._tables, self._hot, strict=True)
         return [len(pages) * self.page_size + hot for pages, hot in pairs]
 
@@ -385,16 +375,22 @@ class PagedLayer:
         return self.pool.nbytes + sum(x.nbytes for x in tensors)
 
     @property
+    def num_pages(self) -> int:
+        """Pages that hold tokens; a shared one counts once."""
+        return self.pool.num_used
+
+    @property
     def usage(self) -> Usage:
         """What tokens occupy, without free pages and unused window; a shared page counts once."""
         if self.is_empty:
             return Usage(0, 0, 0, 0)
+        self._refresh()
         _, heads, _, head_dim = self.hot_k.shape
         per_token = 2 * heads * head_dim
         hot_elements = sum(self._hot) * per_token
         return Usage(
-            page_bytes=self.pool.num_used * heads * self.format.page_bytes,
-            page_elements=self.pool.num_used * self.page_size * per_token,
+            page_bytes=self.num_pages * heads * self.format.page_bytes,
+            page_elements=self.num_pages * self.page_size * per_token,
             hot_bytes=hot_elements * self.hot_k.dtype.itemsize,
             hot_elements=hot_elements,
         )

@@ -1,6 +1,7 @@
-"""What attention reads of a layer's cache. Backends know this and page formats, never codecs."""
+"""What a layer shows of itself. Attention backends know this and page formats, never codecs."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -35,3 +36,12 @@ class CacheView:
     def lengths(self) -> Tensor:
         """int32 `[B]`: all tokens of each sequence."""
         return self.packed_len + self.hot_len
+
+
+class Usage(NamedTuple):
+    """Bytes, and elements of K and V they stand for, in pages and in the hot window."""
+
+    page_bytes: int
+    page_elements: int
+    hot_bytes: int
+    hot_elements: int

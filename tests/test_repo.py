@@ -20,9 +20,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CORE = [
     ["native", "memory"],
     ["pages", "pool", "files"],
-    ["codecs", "view"],
+    ["codecs", "view", "checks"],
     ["recipe"],
     ["attention", "layer"],
+    ["static"],
     ["snapshot"],
     ["cache"],
 ]

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitkv.codecs.triton_kernels import encode_pages
 from bitkv.pages import WORD_BITS, PartFormat
 
-_ELEMENTS = 4096  # of a program's tile
+_ELEMENTS = 4096  # of a program's tile; a search keeps weights and codes beside it, and gets half
 _CLIPS = {1: (1.0,), 2: (0.95, 0.8, 0.65, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}  # affine.py's
 
 
@@ -68,7 +68,7 @@ class Tiling:
 
     @property
     def num_warps(self) -> int:
-        """A search holds each number, its weight and its codes in registers: 16 numbers a thread."""
+        """Eight numbers of a search a thread, or 32 that are only rounded."""
         return 8 if self.levels else 4
 
     @property
@@ -88,6 +88,7 @@ def tiling(form: PartFormat, levels: int) -> Tiling:
     extent = form.columns if row_scales else form.rows
     size = extent if form.is_raw else form.group_size
     words = form.columns // positions
+    elements = _ELEMENTS // 2 if levels else _ELEMENTS
     group, element = triton.next_power_of_2(extent // size), triton.next_power_of_2(size)
     return Tiling(
         bits=form.bits,
@@ -97,7 +98,7 @@ def tiling(form: PartFormat, levels: int) -> Tiling:
         by_channel=form.site == "key" and not row_scales,
         outer=outer[0],
         span=outer[1],
-        block=max(1, min(triton.next_power_of_2(outer[1]), _ELEMENTS // (outer[0] * group * element))),
+        block=max(1, min(triton.next_power_of_2(outer[1]), elements // (outer[0] * group * element))),
         passes=inner[0],
         stretch=inner[1],
         outer_shift=outer[2],

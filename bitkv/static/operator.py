@@ -1,0 +1,102 @@
+"""The operator `bitkv::append`: tokens of a step enter a layer of fixed size, on the device alone."""
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
+
+NUM_WARPS = 8  # of a program
+_DTYPES = list(RAW_DTYPES)  # by their numbers in `PartFormat.numbers`
+
+
+def _append(
+    k: Tensor,
+    v: Tensor,
+    pages: Tensor,
+    block_table: Tensor,
+    packed_len: Tensor,
+    hot_k: Tensor,
+    hot_v: Tensor,
+    hot_len: Tensor,
+    tickets: Tensor,
+    key: Sequence[int],
+    value: Sequence[int],
+    levels: Sequence[int],
+    num_sink_tokens: int,
+    hot_capacity: int,
+) -> None:
+    """Pack each sequence's oldest recent tokens where a page is due, then add tokens `[B, Hkv, T, D]`.
+
+    Args:
+        pages, block_table, packed_len, hot_k, hot_v, hot_len: as in `CacheView`; the table names the
+            pages to come.
+        tickets: int32 `[B, 2]`: 0 between calls; tokens that found no room.
+        key, value: `PartFormat.numbers` of the two halves of a page, in the layout "strided".
+        levels: `Codec.native_levels` of both.
+        hot_capacity: a page is due when the window holds so many tokens.
+    """
+    # Triton is imported with the first call
+    from bitkv.codecs.triton import tiling, word_dtype
+    from bitkv.static.triton_kernels import append_kernel
+
+    parts = _part("key", tuple(key)), _part("value", tuple(value))
+    tiles = [tiling(part, level) for part, level in zip(parts, levels, strict=True)]
+    words = [
+        x.view(word_dtype(part))
+        for x, part in zip(torch.split(pages, [part.nbytes for part in parts], -1), parts, strict=True)
+    ]
+    batch, heads, count, head_dim = k.shape
+    programs = tiles[0].num_blocks + tiles[1].num_blocks
+    append_kernel[(batch * heads * programs,)](
+        *(k, v, hot_k, hot_v, *words, block_table, packed_len, hot_len, tickets),
+        *(count, heads, hot_k.shape[2], block_table.shape[1]),
+        *(k.stride()[:3], v.stride()[:3], hot_k.stride()[:2], *(x.stride()[:2] for x in words)),
+        *(num_sink_tokens, hot_capacity, head_dim, parts[0].page_size),
+        *tiles,
+        num_warps=NUM_WARPS,
+    )
+
+
+append = torch.library.custom_op(
+    "bitkv::append",
+    _append,
+    mutates_args=("pages", "packed_len", "hot_k", "hot_v", "hot_len", "tickets"),
+)
+
+
+@append.register_fake
+def _fake(k: Tensor, *_: object) -> None: ...
+
+
+def why_not(device: torch.device, form: PageFormat, levels: Sequence[int | None]) -> str | None:
+    """Why no kernel can append on a device, as the end of a sentence; None if one can."""
+    if find_spec("triton") is None:
+        return "needs Triton; pip install triton"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"is for GPUs, and the tokens are on {device}; pass no max_tokens there"
+    if form.key.layout != "strided":
+        return f"holds pages of the layout 'strided', not {form.key.layout!r}; pass no layout"
+    if None in levels:
+        return "takes codecs with kernels: Affine and Unquantized"
+    return None
+
+
+@cache
+def _part(site: str, numbers: tuple[int, ...]) -> PartFormat:
+    """The format that has these `PartFormat.numbers`."""
+    bits, rows, columns, group_size, row_scales, dtype = numbers
+    is_key = site == "key"
+    return PartFormat(
+        "key" if is_key else "value",
+        bits,
+        "channel" if is_key and not row_scales and bits < 16 else "token",
+        group_size,
+        head_dim=columns if is_key else rows,
+        page_size=rows if is_key else columns,
+        dtype=_DTYPES[dtype],
+    )
