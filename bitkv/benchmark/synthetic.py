@@ -96,7 +96,7 @@ def synthetic_layer(
     layer.append(k, v, None if is_even else torch.arange(max(tokens)) < torch.tensor(tokens)[:, None])
     layer.pool.reserve(sum(num_pages) + shape.batch * spare_pages)
     if any(repeated):
-        _repeat_pages(layer, num_pages)
+        repeat_pages(layer, num_pages)
     return layer
 
 
@@ -110,7 +110,7 @@ def new_layer(recipe: Recipe, layer_idx: int = 0) -> PagedLayer:
     )
 
 
-def _repeat_pages(layer: PagedLayer, num_pages: Sequence[int]) -> None:
+def repeat_pages(layer: PagedLayer, num_pages: Sequence[int]) -> None:
     """Copy each sequence's pages behind one another until it has `num_pages` of them."""
     tables, hot = layer.page_lists(), layer.hot_len.tolist()
     for row, wanted in zip(tables, num_pages, strict=True):
