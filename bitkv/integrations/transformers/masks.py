@@ -19,7 +19,7 @@ class MaskReader:
     def real_columns(
         self, mask: Tensor | None, columns: Tensor | None, length: int, new: int, batch: int
     ) -> Tensor | None:
-        """Which of the `new` columns are real tokens, bool `[B, new]`; None if all ever were.
+        """Which of the `new` columns are real tokens, bool `[B, new]`; None if all of them are.
 
         Args:
             mask: bool (true: attend) or additive, `[B, 1, new, length]`; None is causal.
@@ -29,9 +29,7 @@ class MaskReader:
             ValueError: a mask that is not causal with padding, or contradicts `columns`.
         """
         if mask is None:
-            if columns is None:
-                return None
-            return torch.ones(batch, new, dtype=torch.bool, device=columns.device)
+            return None
         if self._mask is None or self._mask() is not mask or self._length != length:
             self._real = _read(mask, columns, length, new, batch)
             self._mask, self._length = weakref.ref(mask), length
@@ -49,7 +47,7 @@ def _read(mask: Tensor, columns: Tensor | None, length: int, new: int, batch: in
             "else; pass a 2D padding mask that keeps earlier columns as they were"
         )
     real = visible[:, -new:]
-    return None if columns is None and bool(real.all()) else real
+    return None if bool(real.all()) else real
 
 
 def _is_causal(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
