@@ -171,14 +171,15 @@ class PagedLayer:
         needed = max(lengths, default=0)
         if needed > self.hot_k.shape[2]:
             self._resize_hot(needed)
-        if real is None:
-            is_even = starts.count(needed - count) == len(starts)
+        is_even = real is None and starts.count(needed - count) == len(starts)
+        if is_even or (real is None and k.is_cuda):
             self._put(k, v, needed - count) if is_even else self._put_ragged(k, v)
             self._hot = lengths
             return
         for b, (start, stop) in enumerate(zip(starts, lengths, strict=True)):
-            self.hot_k[b, :, start:stop] = k[b, :, real[b]]
-            self.hot_v[b, :, start:stop] = v[b, :, real[b]]
+            rows = slice(None) if real is None else real[b]
+            self.hot_k[b, :, start:stop] = k[b, :, rows]
+            self.hot_v[b, :, start:stop] = v[b, :, rows]
         self._hot = lengths
         self._set_lengths()
 
@@ -192,7 +193,7 @@ class PagedLayer:
         self.hot_len.add_(count)
 
     def _put_ragged(self, k: Tensor, v: Tensor) -> None:
-        """New tokens of all sequences, each behind its own."""
+        """New tokens of all sequences, each behind its own; on a CPU a loop is faster."""
         slots = self.hot_len[:, None] + torch.arange(k.shape[2], device=k.device)
         slots = slots[:, None, :, None].expand_as(k)
         self.hot_k.scatter_(2, slots, k)

@@ -260,6 +260,18 @@ def test_a_decode_step_of_a_growing_layer_reads_nothing_back():
     assert grows.packed_len.tolist() == [PAGE, 0, PAGE]
 
 
+def test_ragged_sequences_get_their_tokens_in_one_go_on_a_gpu():
+    looped, scattered = layers()[0], layers()[0]
+    counts = (CAPACITY - 9, 40, 0)
+    k, v = tokens(3, max(counts))
+    more = tokens(3, 5)
+    for layer in (looped, scattered):
+        layer.append(k, v, ragged(counts))
+    looped.stage(*more)
+    scattered._put_ragged(*more)
+    assert_same_view(looped, scattered)
+
+
 def test_a_compiled_step_serves_all_lengths():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
