@@ -10,7 +10,7 @@ def isas() -> list[str]:
 
 def attend(
     isa: str,
-    queries: tuple[int, int, int, int, int],  # q, out, lse, positions, dtype
+    queries: tuple[int, int, int, int, int],  # q, out, lse, positions or 0, dtype
     shape: tuple[int, int, int, int, int],  # batch, heads, kv_heads, queries, head_dim
     parts: tuple[_Part, _Part],
     pages: tuple[int, int, int],  # data, number, page_size

@@ -57,12 +57,12 @@ class QuantizedTensor(NamedTuple):
 class Layout(NamedTuple):
     """An order of codes inside a page: `pack` takes uint8 `[..., rows, columns]` to bytes and back.
 
-    Both get the bits and `PartFormat.shared_rows` as well. From 16 bits on values are unquantized, and
+    Both get the bits as well. From 16 bits on values are unquantized, and
     come back as integers of their width.
     """
 
-    pack: Callable[[Tensor, int, int], Tensor]
-    unpack: Callable[[Tensor, int, int, int, int], Tensor]
+    pack: Callable[[Tensor, int], Tensor]
+    unpack: Callable[[Tensor, int, int, int], Tensor]
 
 
 def _folds(columns: int, bits: int) -> int:
@@ -73,7 +73,7 @@ def _folds(columns: int, bits: int) -> int:
     return folds
 
 
-def _strided_pack(codes: Tensor, bits: int, _: int) -> Tensor:
+def _strided_pack(codes: Tensor, bits: int) -> Tensor:
     """Code position j of word w of a row is column `j * words + w`; folded rows take later positions.
 
     A masked row of words is then one contiguous slice of columns, an MMA operand as it stands.
@@ -91,7 +91,7 @@ def _strided_pack(codes: Tensor, bits: int, _: int) -> Tensor:
     return words.contiguous().view(torch.uint8).flatten(-2)
 
 
-def _strided_unpack(data: Tensor, rows: int, columns: int, bits: int, _: int) -> Tensor:
+def _strided_unpack(data: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     if bits >= WORD_BITS:
         return torch.unflatten(data.contiguous().view(_RAW_WORDS[bits]), -1, (rows, columns))
     folds = _folds(columns, bits)
@@ -104,13 +104,11 @@ def _strided_unpack(data: Tensor, rows: int, columns: int, bits: int, _: int) ->
     return x.flatten(-2).flatten(-3, -2)
 
 
-def _lanes_pack(codes: Tensor, bits: int, shared_rows: int) -> Tensor:
+def _lanes_pack(codes: Tensor, bits: int) -> Tensor:
     """Blocks of 16 rows, one in each lane of a 64-byte vector; csrc/page.h says where each code lies.
 
     Four neighbouring columns of 16 rows then meet four numbers in one byte dot product.
     """
-    if _for_lookup(bits, shared_rows):
-        return _lookup_pack(codes)
     codes = torch.unflatten(codes, -2, (-1, LANES))  # [..., blocks, lanes, columns]
     if bits >= WORD_BITS:
         return codes.transpose(-1, -2).contiguous().view(torch.uint8).flatten(-3)
@@ -125,9 +123,7 @@ def _lanes_pack(codes: Tensor, bits: int, shared_rows: int) -> Tensor:
     return torch.cat([vectors, tail], dim=-1)
 
 
-def _lanes_unpack(data: Tensor, rows: int, columns: int, bits: int, shared_rows: int) -> Tensor:
-    if _for_lookup(bits, shared_rows):
-        return _lookup_unpack(data, rows, columns)
+def _lanes_unpack(data: Tensor, rows: int, columns: int, bits: int) -> Tensor:
     blocks = rows // LANES
     if bits >= WORD_BITS:
         words = data.contiguous().view(_RAW_WORDS[bits])
@@ -142,24 +138,6 @@ def _lanes_unpack(data: Tensor, rows: int, columns: int, bits: int, shared_rows:
         x = torch.unflatten(x, -2, (2, 4)).movedim(-3, -4)  # [..., pairs, 2, lanes, positions, 4]
         codes = torch.cat([codes, x.flatten(-2).flatten(-4, -3)], dim=-1)
     return codes.flatten(-3, -2)
-
-
-def _for_lookup(bits: int, shared_rows: int) -> bool:
-    """Whether codes select from tables, which must serve 64 rows to be worth making."""
-    return bits == 1 and shared_rows % 64 == 0
-
-
-def _lookup_pack(codes: Tensor) -> Tensor:
-    """A byte for eight columns of a row, in vectors of 64 rows; csrc/page.h says which row where."""
-    x = torch.unflatten(torch.unflatten(codes, -2, (-1, 2, 2, LANES)), -1, (-1, 8))
-    x = _join_bits(x.transpose(-1, -2), 1).flatten(-1)  # [..., blocks, halves, odd, lanes, n]
-    return x.movedim(-1, -4).transpose(-1, -2).flatten(-5)
-
-
-def _lookup_unpack(data: Tensor, rows: int, columns: int) -> Tensor:
-    x = torch.unflatten(data, -1, (rows // 64, columns // 8, 2, LANES, 2))
-    x = x.transpose(-1, -2).movedim(-4, -1)  # [..., blocks, halves, odd, lanes, n]
-    return _split_bits(x.unsqueeze(-1), 1).flatten(-3).flatten(-5, -2)
 
 
 def _join_bits(x: Tensor, bits: int) -> Tensor:
@@ -257,11 +235,6 @@ class PartFormat:
         return self.head_dim if self.site == "key" else self.page_size
 
     @property
-    def shared_rows(self) -> int:
-        """Neighbouring rows that share their columns' scales; 1 where each row has scales of its own."""
-        return 1 if self.site == "key" and self.granularity == "token" else self.group_size
-
-    @property
     def folds(self) -> int:
         """Rows of codes that share a row of words in the layout "strided"."""
         return _folds(self.columns, self.bits)
@@ -294,7 +267,7 @@ class PartFormat:
     def pack(self, q: QuantizedTensor) -> Tensor:
         """Bytes `[..., nbytes]` of one page of codes `[..., page_size, head_dim]`."""
         codes = q.codes if self.site == "key" else q.codes.transpose(-1, -2)
-        packed = LAYOUTS[self.layout].pack(codes, self.bits, self.shared_rows)
+        packed = LAYOUTS[self.layout].pack(codes, self.bits)
         if q.scale is None or q.zero_point is None:
             return packed
         return torch.cat([packed, *(self._store_scales(x) for x in (q.scale, q.zero_point))], dim=-1)
@@ -302,7 +275,7 @@ class PartFormat:
     def unpack(self, data: Tensor) -> QuantizedTensor:
         """Inverse of `pack`."""
         codes, *meta = torch.split(data, [self.code_bytes, *[2 * self.num_groups] * 2], dim=-1)
-        codes = LAYOUTS[self.layout].unpack(codes, self.rows, self.columns, self.bits, self.shared_rows)
+        codes = LAYOUTS[self.layout].unpack(codes, self.rows, self.columns, self.bits)
         codes = codes.view(RAW_DTYPES[self.dtype]) if self.is_raw else codes
         codes = codes if self.site == "key" else codes.transpose(-1, -2)
         scale, zero_point = (None, None) if self.is_raw else (self._load_scales(x) for x in meta)

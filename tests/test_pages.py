@@ -187,21 +187,6 @@ def lanes_bytes(codes: list[list[int]], bits: int) -> bytes:
     return bytes(data)
 
 
-def lookup_bytes(codes: list[list[int]]) -> bytes:
-    """The definition for 1-bit codes of which 64 rows share scales: a byte for eight columns of a row.
-
-    Byte 32h + 2i + o of vector n of a block of 64 rows is row 32h + 16o + i, bit j column 8n + j.
-    """
-    rows, columns = len(codes), len(codes[0])
-    data = bytearray(rows * columns // 8)
-    for row, column in itertools.product(range(rows), range(columns)):
-        block, place = divmod(row, 64)
-        half, (odd, i) = place // 32, divmod(place % 32, 16)
-        n, j = divmod(column, 8)
-        data[64 * (block * columns // 8 + n) + 32 * half + 2 * i + odd] |= codes[row][column] << j
-    return bytes(data)
-
-
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
 @pytest.mark.parametrize(("site", "page_size"), [("key", 64), ("value", 64), ("value", 128)])
@@ -213,8 +198,7 @@ def test_the_lanes_layout_is_what_it_says(site, granularity, bits, head_dim, pag
     q = random_codes(form)
     rows = q.codes if site == "key" else q.codes.T
     stored = bytes(form.pack(q)[: form.code_bytes].tolist())
-    for_lookup = bits == 1 and form.shared_rows % 64 == 0
-    assert stored == (lookup_bytes(rows.tolist()) if for_lookup else lanes_bytes(rows.tolist(), bits))
+    assert stored == lanes_bytes(rows.tolist(), bits)
 
 
 @pytest.mark.parametrize("site", ["key", "value"])

@@ -2,7 +2,6 @@
 
 import logging
 
-import torch
 from torch import Tensor
 
 from bitkv.attention import cpu, reference, triton
@@ -11,7 +10,7 @@ from bitkv.view import CacheView
 
 __all__ = ["BACKENDS", "AttentionRequest", "Backend", "attend", "choose", "last_backend"]
 
-BACKENDS: dict[str, Backend] = {b.name: b for b in (triton.BACKEND, cpu.BACKEND, reference.BACKEND)}
+BACKENDS: dict[str, Backend] = {b.name: b for b in (cpu.BACKEND, triton.BACKEND, reference.BACKEND)}
 """Every backend, in the order in which "auto" tries them."""
 
 _log = logging.getLogger("bitkv")
@@ -51,13 +50,8 @@ def attend(
     """
     _check(q, view)
     _check_visibility(q, positions, window, softcap)
-    if positions is None:
-        lengths, num_queries = view.lengths.unsqueeze(1), q.shape[2]
-        # every small operation here costs as much as attention over dozens of tokens
-        if causal and num_queries > 1:
-            positions = lengths + torch.arange(-num_queries, 0, device=q.device)
-        else:
-            positions = (lengths - 1).expand(-1, num_queries)
+    if positions is None and not causal:
+        positions = (view.lengths - 1).unsqueeze(1).expand(-1, q.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     request = AttentionRequest(q, view, positions, scale, window, softcap)
     chosen = choose(request, backend)

@@ -25,7 +25,7 @@ def _attend(
     hot_k: Tensor,
     hot_v: Tensor,
     hot_len: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     key: Sequence[int],
     value: Sequence[int],
     page_size: int,
@@ -37,6 +37,7 @@ def _attend(
     """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
 
     Args:
+        positions: as in `AttentionRequest`.
         key, value: `PartFormat.numbers` of the two halves of a page.
         window: `2**62` for none.
         softcap: 0 for none.
@@ -44,17 +45,19 @@ def _attend(
     Raises:
         ValueError: a length or a page number that leads outside its tensor.
     """
-    q, pages = q.contiguous(), pages.contiguous()
+    q, pages = _plain(q, q.dtype), _plain(pages, torch.uint8)
     block_table, packed_len, hot_len = (
-        x.to(torch.int32).contiguous() for x in (block_table, packed_len, hot_len)
+        _plain(x, torch.int32) for x in (block_table, packed_len, hot_len)
     )
-    positions = positions.to(torch.int64).contiguous()
+    if positions is not None:
+        positions = _plain(positions, torch.int64)
     if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
     batch, heads, queries, head_dim = q.shape
     _, kv_heads, capacity, _ = hot_k.shape
     out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
-    tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), positions.data_ptr())
+    last_seen = 0 if positions is None else positions.data_ptr()
+    tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), last_seen)
     hot = (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr(), native.DTYPES[hot_k.dtype])
     native.module().attend(
         native.isa(),
@@ -68,6 +71,11 @@ def _attend(
         torch.get_num_threads(),
     )
     return out, lse
+
+
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor contiguous and in this dtype; torch is asked only for what must change."""
+    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
 cpu_attend = torch.library.custom_op("bitkv::cpu_attend", _attend, mutates_args=(), device_types="cpu")

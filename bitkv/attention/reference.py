@@ -27,10 +27,11 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     high = grouped.new_full(shape, -torch.inf)
     total = grouped.new_zeros(shape)
     out = grouped.new_zeros(*shape, view.hot_v.shape[-1])
+    last_seen = request.last_seen
     for k, v, token, valid in _tiles(view):
         for i in range(0, num_queries, _QUERIES_PER_TILE):
             rows = slice(i, i + _QUERIES_PER_TILE)
-            visible = _visible(request, rows, token, valid)
+            visible = _visible(last_seen[:, rows, None], request.window, token, valid)
             if not visible.any():
                 continue
             scores = torch.einsum("bhgqd,bhtd->bhgqt", grouped[..., rows, :], k)
@@ -50,12 +51,11 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     return out.flatten(1, 2).to(q.dtype), lse
 
 
-def _visible(request: AttentionRequest, rows: slice, token: Tensor, valid: Tensor) -> Tensor:
-    """Which of a tile's tokens each query sees, bool `[B, Tq, T]`."""
-    last = request.positions[:, rows, None]
+def _visible(last: Tensor, window: int | None, token: Tensor, valid: Tensor) -> Tensor:
+    """Which of a tile's tokens each query sees, bool `[B, Tq, T]`; `last` is `[B, Tq, 1]`."""
     visible = valid[:, None] & (token[:, None] <= last)
-    if request.window is not None:
-        visible &= token[:, None] > last - request.window
+    if window is not None:
+        visible &= token[:, None] > last - window
     return visible
 
 

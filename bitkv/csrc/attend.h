@@ -7,19 +7,23 @@
 
 namespace bitkv::BITKV_ISA {
 
-constexpr int kHotTokens = 128;    // of a tile of the hot window
+constexpr int kHotTokens = 64;     // of a piece of the hot window, which costs about as much as a page
+constexpr int kLeastPart = 16;     // pages
 constexpr float kLog2e = 1.44269504088896f;
 constexpr float kNegligible = 0x1p-40f;  // a share of the sum that float32 cannot notice
 constexpr float kHeadroom = 0x1p30f;     // weights may grow this far before `high` follows the scores
 
+// 2^x within 2e-7 of it; 0 from -127 down. NaN stays.
 inline F exp2(F x) {
-  const F f = fraction(x);
-  F p = fma(f, set(0.001893754f), set(0.00894959085f));  // within 2e-7 of 2^f
-  p = fma(p, f, set(0.0558603369f));
-  p = fma(p, f, set(0.240141824f));
-  p = fma(p, f, set(0.693154514f));
-  p = fma(p, f, set(0.999999881f));
-  return times_power_of_two(p, x);
+  x = min(set(127), max(set(-127), x));
+  const F n = x + set(0x1.8p23f);  // rounded: no room for a fraction
+  const F f = x - (n - set(0x1.8p23f));
+  F p = fma(f, set(0.00132647271f), set(0.00967151267f));
+  p = fma(p, f, set(0.0555073374f));
+  p = fma(p, f, set(0.240222421f));
+  p = fma(p, f, set(0.693146978f));
+  p = fma(p, f, set(1));
+  return times_power_of_two(p, n);
 }
 
 inline float exp2(float x) {
@@ -43,7 +47,6 @@ struct Queries {
   const int64_t* last;     // newest token that each row sees
   Softmax* softmax;
   int rows;
-  Guess guess;             // of the unit of x times a page's scales
 };
 
 inline float largest(const float* score, int count) {
@@ -80,46 +83,44 @@ inline void cap(const AttendRequest& r, float* score, int count) {
   }
 }
 
-// Scores of H rows to weights relative to `high`; with `values`, to weights times the scales of the
-// tokens' values, measured on the way for rounding. The sums of the weights go to `total`.
+// Scores of H rows to weights relative to `high`, whose sums go to `total`. With `values`, whose scales are
+// at `data`, units are found on the way for weights times scales.
 template <int H>
-inline void weigh(const Queries& q, int row, int count, const Half* values, ColumnScales of, float* total, Scratch& s) {
-  F totals[H], top[H], squares[H], offsets[H];
-  repeat<H>([&](auto h) { totals[h] = top[h] = squares[h] = offsets[h] = set(0); });
+inline void weigh(const Queries& q, int row, int count, const Half* values, const uint8_t* data, float* total, Scratch& s) {
+  F totals[H];
   float high[H];
+  repeat<H>([&](auto h) { totals[h] = set(0); });
   for (int h = 0; h < H; ++h) high[h] = std::max(q.softmax[row + h].high, -FLT_MAX);  // -inf: nothing seen yet
-  const auto weight = [&](int h, int t) { return exp2(load(s.scores[row + h] + t) - set(high[h])); };
-  if (!values) {
-    for (int t = 0; t < count; t += kLanes) {
-      repeat<H>([&](auto h) {
-        const F p = weight(h, t);
-        store(s.weights[row + h] + t, p);
-        totals[h] = totals[h] + p;
-      });
-    }
-    return sums_of<H>(totals, total);
-  }
-  const F half = set(float((1 << values->bits) - 1) / 2);
-  for (int t = 0; t < count; t += kLanes) {
-    const F scale = load_half(of.scale + t), middle = fma(scale, half, load_half(of.zero + t));
-    repeat<H>([&](auto h) {
-      const F p = weight(h, t), y = p * scale;
-      store(s.weights[row + h] + t, y);
-      totals[h] = totals[h] + p;
-      offsets[h] = fma(p, middle, offsets[h]);
-      squares[h] = fma(y, y, squares[h]);
-      top[h] = max(top[h], values->tables ? sums_of_fours(abs(y)) : abs(y));
+  const auto weight = [&](int h, int t) {
+    const F p = exp2(load(s.scores[row + h] + t) - set(high[h]));
+    store(s.weights[row + h] + t, p);
+    totals[h] = totals[h] + p;
+    return p;
+  };
+  if (values) {
+    with_rule<true>(*values, [&](auto rule, auto, auto) {
+      using Rule = decltype(rule);
+      const auto top_of = [&](int t, int end, F (&top)[H], F (&squares)[H]) {
+        for (; t < end; t += kLanes) {
+          const F scale = largest_scales(values->scales(data), values->groups, values->columns, t);
+          repeat<H>([&](auto h) {
+            const F y = weight(h, t) * scale;
+            top[h] = max(top[h], Rule::size(y));
+            squares[h] = fma(y, y, squares[h]);
+          });
+        }
+      };
+      find_units<Rule, H>(count, square_of_group(values->groups), row, s.of_weights, top_of);
     });
+  } else {
+    for (int t = 0; t < count; t += kLanes) repeat<H>([&](auto h) { weight(h, t); });
   }
   sums_of<H>(totals, total);
-  maxima_of<H>(top, s.measured.largest + row);
-  sums_of<H>(squares, s.measured.square + row);
-  sums_of<H>(offsets, s.measured.offset + row);
 }
 
 // Turns scores into weights; false if all are negligible. See `weigh`.
 inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int count, const Half* values,
-                   ColumnScales of, Scratch& s) {
+                   const uint8_t* data, Scratch& s) {
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int i = 0; r.softcap > 0 && i < q.rows; ++i) cap(r, s.scores[i], padded);
   hide(r, q, first, count, padded, s);
@@ -129,14 +130,14 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
   bool matters = false;
   by_rows(q.rows, [&](int row, auto h) {
     float total[h()];
-    weigh<h()>(q, row, padded, values, of, total, s);
+    weigh<h()>(q, row, padded, values, data, total, s);
     bool raised = false;
     for (int i = 0; i < h(); ++i) {
       if (total[i] <= kHeadroom) continue;
       raise(r, q.softmax[row + i], largest(s.scores[row + i], padded));
       raised = true;
     }
-    if (raised) weigh<h()>(q, row, padded, values, of, total, s);
+    if (raised) weigh<h()>(q, row, padded, values, data, total, s);
     for (int i = 0; i < h(); ++i) {
       Softmax& state = q.softmax[row + i];
       matters |= total[i] > state.total * kNegligible;
@@ -156,14 +157,10 @@ inline bool sees_any(const AttendRequest& r, const Queries& q, int64_t first, in
 inline void attend_page(const AttendRequest& r, const Half& key, const Half& value, const Queries& q,
                         const uint8_t* page, int64_t first, ptrdiff_t ahead, Scratch& s) {
   if (!sees_any(r, q, first, r.page_size)) return;
-  keys_times(key, page, q.x, r.head_dim, q.rows, q.guess, {s.scores[0], kColumns, false}, ahead, s);
+  keys_times(key, page, q.x, r.head_dim, q.rows, {s.scores[0], kColumns, false}, ahead, s);
   const uint8_t* data = page + key.nbytes;
-  // with one scale a token, values are measured along with the softmax
-  const bool fused = !value.is_raw && value.bits < 8 && value.groups == 1;
-  const ColumnScales of{value.scales(data), value.zeros(data)};
-  if (!soften(r, q, first, r.page_size, fused ? &value : nullptr, of, s)) return;
-  values_times(value, data, s.weights[0], kColumns, q.rows, fused ? &s.measured : nullptr,
-               {q.softmax[0].out, r.head_dim, true}, ahead, s);
+  if (!soften(r, q, first, r.page_size, value.is_integer() ? &value : nullptr, data, s)) return;
+  values_times(value, data, s.weights[0], kColumns, q.rows, {q.softmax[0].out, r.head_dim, true}, ahead, s);
 }
 
 // --- the hot window -------------------------------------------------------------------------------
@@ -173,75 +170,114 @@ inline F load_any(const void* p, DType dtype, int64_t index) {
                              : load(static_cast<const uint16_t*>(p) + index, dtype);
 }
 
+// Calls fn with a loader of sixteen elements of the hot window, from an index on.
+template <class Fn>
+inline void with_loader(const void* p, DType dtype, const Fn& fn) {
+  const auto* halves = static_cast<const uint16_t*>(p);
+  switch (dtype) {
+    case DType::f16: return fn([=](int64_t i) { return load(halves + i, DType::f16); });
+    case DType::bf16: return fn([=](int64_t i) { return load(halves + i, DType::bf16); });
+    case DType::f32: return fn([=](int64_t i) { return load(static_cast<const float*>(p) + i); });
+  }
+}
+
+// scores[i][t] = x[i] . key t of `count`, for H rows, four keys at a time.
+template <int H, class Loader>
+inline void hot_scores(const Loader& keys, int dim, const float* x, int count, float (*scores)[kColumns]) {
+  for (int t = 0; t < count; t += 4) {
+    F acc[H][4];
+    int key[4];
+    repeat<4>([&](auto j) { key[j] = std::min(t + j, count - 1) * dim; });
+    repeat<H>([&](auto i) { repeat<4>([&](auto j) { acc[i][j] = set(0); }); });
+    for (int c = 0; c < dim; c += kLanes) {
+      F k[4];
+      repeat<4>([&](auto j) { k[j] = keys(key[j] + c); });
+      repeat<H>([&](auto i) {
+        const F xc = load(x + i * dim + c);
+        repeat<4>([&](auto j) { acc[i][j] = fma(k[j], xc, acc[i][j]); });
+      });
+    }
+    repeat<H>([&](auto i) { sums(acc[i], scores[i] + t); });
+  }
+}
+
+// out[i] += weights[i] . values of `count` tokens, for H rows, as many channels at a time as sums fit in registers.
+template <int H, class Loader>
+inline void hot_values(const Loader& values, int dim, const float (*weights)[kColumns], int count, float* out) {
+  constexpr int C = std::max(1, std::min(4, kAccumulators / H));
+  const auto sum_channels = [&](int c, auto vectors) {
+    F acc[H][vectors()];
+    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { acc[i][j] = load(out + i * dim + c + j * kLanes); }); });
+    for (int t = 0; t < count; ++t) {
+      F v[vectors()];
+      repeat<vectors()>([&](auto j) { v[j] = values(t * dim + c + j * kLanes); });
+      repeat<H>([&](auto i) {
+        const F weight = set(weights[i][t]);
+        repeat<vectors()>([&](auto j) { acc[i][j] = fma(v[j], weight, acc[i][j]); });
+      });
+    }
+    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { store(out + i * dim + c + j * kLanes, acc[i][j]); }); });
+  };
+  int c = 0;
+  for (; c + C * kLanes <= dim; c += C * kLanes) sum_channels(c, std::integral_constant<int, C>());
+  for (; c < dim; c += kLanes) sum_channels(c, std::integral_constant<int, 1>());
+}
+
+// Calls fn with the first of the rows to take next and their number, a constant: 4 or 1.
+template <class Fn>
+inline void by_four_rows(int rows, const Fn& fn) {
+  int row = 0;
+  for (; row + 4 <= rows; row += 4) fn(row, std::integral_constant<int, 4>());
+  for (; row < rows; ++row) fn(row, std::integral_constant<int, 1>());
+}
+
 // Slots [begin, end) of the hot window, at most kHotTokens, which hold the tokens from `first` on.
 inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset, int begin, int end, int64_t first,
                        Scratch& s) {
   const int count = end - begin, dim = r.head_dim;
   if (count <= 0 || !sees_any(r, q, first, count)) return;
   offset += int64_t(begin) * dim;
-  by_rows(q.rows, [&](int row, auto h) {
-    for (int t = 0; t < count; ++t) {
-      F acc[h()];
-      repeat<h()>([&](auto i) { acc[i] = set(0); });
-      for (int c = 0; c < dim; c += kLanes) {
-        const F k = load_any(r.hot_k, r.hot_dtype, offset + int64_t(t) * dim + c);
-        repeat<h()>([&](auto i) { acc[i] = fma(k, load(q.x + (row + i) * dim + c), acc[i]); });
-      }
-      repeat<h()>([&](auto i) { s.scores[row + i][t] = sum(acc[i]); });
-    }
+  with_loader(r.hot_k, r.hot_dtype, [&](const auto& load_key) {
+    const auto keys = [&](int i) { return load_key(offset + i); };
+    by_four_rows(q.rows, [&](int row, auto h) { hot_scores<h()>(keys, dim, q.x + row * dim, count, s.scores + row); });
   });
-  if (!soften(r, q, first, count, nullptr, {}, s)) return;
-  by_rows(q.rows, [&](int row, auto h) {
-    for (int c = 0; c < dim; c += kLanes) {
-      F acc[h()];
-      repeat<h()>([&](auto i) { acc[i] = load(q.softmax[row + i].out + c); });
-      for (int t = 0; t < count; ++t) {
-        const F v = load_any(r.hot_v, r.hot_dtype, offset + int64_t(t) * dim + c);
-        repeat<h()>([&](auto i) { acc[i] = fma(v, set(s.weights[row + i][t]), acc[i]); });
-      }
-      repeat<h()>([&](auto i) { store(q.softmax[row + i].out + c, acc[i]); });
-    }
+  if (!soften(r, q, first, count, nullptr, nullptr, s)) return;
+  with_loader(r.hot_v, r.hot_dtype, [&](const auto& load_value) {
+    const auto values = [&](int i) { return load_value(offset + i); };
+    by_four_rows(q.rows, [&](int row, auto h) {
+      hot_values<h()>(values, dim, s.weights + row, count, q.softmax[row].out);
+    });
   });
 }
 
 // --- the work and its division --------------------------------------------------------------------
 
-// How a call is cut into items that threads take: by the shapes alone, so that results do not depend
-// on the number of threads. With few query rows an item is a range of pages, all KV heads (their
-// pages lie side by side); with many, it is a tile of rows of one KV head.
+// How a call is cut into items that threads take: by the shapes alone, so that results do not depend on
+// the number of threads. An item is a tile of query rows of one KV head and a range of a sequence, which
+// is counted in pages and pieces of the hot window.
 struct Plan {
   Half key, value;
   size_t page_bytes;
-  int rows;         // query rows of a KV head: heads that share it times queries
-  int tiles;        // of kRows rows
-  int head_ranges;  // 1: all KV heads in one item
-  int parts;        // of a sequence, attended separately and merged
-  int pages_a_part, hot_parts;
-  int hot_a_part;
+  int rows;   // query rows of a KV head: heads that share it times queries
+  int tiles;  // of kRows rows
+  int parts;  // of a sequence, attended separately and merged
+  int part_size;
 
-  explicit Plan(const AttendRequest& r) : key(r.key), value(r.value), page_bytes(r.page_bytes()) {
+  explicit Plan(const AttendRequest& r)
+      : key(r.key, r.lookups), value(r.value, r.lookups), page_bytes(r.page_bytes()) {
     rows = r.heads / r.kv_heads * r.queries;
     tiles = (rows + kRows - 1) / kRows;
-    head_ranges = tiles == 1 ? 1 : r.kv_heads;
-    int pages = 0, hot = 0;
-    for (int b = 0; b < r.batch; ++b) {
-      pages = std::max(pages, r.packed_len[b] / r.page_size);
-      hot = std::max(hot, r.hot_len[b]);
-    }
-    const int items = r.batch * tiles * head_ranges;
-    if (items >= 32 && tiles > 1) {  // enough for any number of threads
-      parts = 1, pages_a_part = pages, hot_parts = 0, hot_a_part = hot;
-      return;
-    }
-    const int wanted = std::max(1, 32 / items);
-    pages_a_part = std::max(4, (pages + wanted - 1) / wanted);
-    hot_a_part = 32;  // not all of it for one thread
-    hot_parts = (hot + hot_a_part - 1) / hot_a_part;
-    parts = (pages + pages_a_part - 1) / pages_a_part + hot_parts;
-    parts = std::max(parts, 1);
+    int longest = 1;
+    for (int b = 0; b < r.batch; ++b) longest = std::max(longest, num_pages(r, b) + hot_pieces(r, b));
+    // enough for any number of threads, but merging a part costs as much as attending to a few pages
+    const int items = r.batch * tiles * r.kv_heads, wanted = std::max(1, 64 / items);
+    part_size = std::max(kLeastPart, (longest + wanted - 1) / wanted);
+    parts = (longest + part_size - 1) / part_size;
   }
 
-  int items(const AttendRequest& r) const { return r.batch * parts * tiles * head_ranges; }
+  static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
+  static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }
+  int items(const AttendRequest& r) const { return r.batch * r.kv_heads * tiles * parts; }
 };
 
 inline float* grown(std::vector<float>& buffer, size_t size) {
@@ -275,82 +311,64 @@ inline void finish(const AttendRequest& r, int64_t row, float high, float total,
   }
 }
 
-// One item: part `p` of sequence `b` for a tile of query rows and a range of KV heads.
+// Pages [begin, end) of a sequence.
+inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int begin, int end,
+                         Scratch& s) {
+  const int32_t* table = r.block_table + int64_t(b) * r.table_width;
+  const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * int64_t(plan.page_bytes); };
+  for (int i = begin; i < end; ++i) {
+    const ptrdiff_t ahead = i + 1 < end ? page(i + 1) - page(i) : 0;
+    attend_page(r, plan.key, plan.value, q, page(i), r.num_sink_tokens + int64_t(i) * r.page_size, ahead, s);
+  }
+}
+
+// Slots [begin, end) of the hot window: sinks come before the pages, the others after them.
+inline void attend_slots(const AttendRequest& r, const Queries& q, int b, int head, int begin, int end, Scratch& s) {
+  const int64_t offset = b * r.hot_batch_stride + head * r.hot_head_stride;
+  const int sinks = std::clamp(r.num_sink_tokens, begin, std::max(begin, end));
+  for (int slot = begin; slot < end;) {
+    const bool is_sink = slot < sinks;
+    const int stop = std::min(is_sink ? sinks : end, slot + kHotTokens);
+    attend_hot(r, q, offset, slot, stop, is_sink ? slot : slot + r.packed_len[b], s);
+    slot = stop;
+  }
+}
+
 inline void attend_item(const AttendRequest& r, const Plan& plan, int item, float* partials) {
-  static thread_local std::vector<float> buffer;
-  static thread_local std::vector<Softmax> softmaxes;
   static thread_local std::unique_ptr<Scratch> scratch;
   if (!scratch) scratch = std::make_unique<Scratch>();
-  const int p = plan.parts - 1 - item % plan.parts, range = item / plan.parts % plan.head_ranges;
-  const int tile = item / plan.parts / plan.head_ranges % plan.tiles;
-  const int b = item / plan.parts / plan.head_ranges / plan.tiles;
-  const int head0 = plan.head_ranges == 1 ? 0 : range, heads = plan.head_ranges == 1 ? r.kv_heads : 1;
-  const int row0 = tile * kRows, rows = std::min(kRows, plan.rows - row0);
-  const int dim = r.head_dim;
+  Scratch& s = *scratch;
+  const int p = item % plan.parts, tile = item / plan.parts % plan.tiles;
+  const int head = item / plan.parts / plan.tiles % r.kv_heads, b = item / plan.parts / plan.tiles / r.kv_heads;
+  const int row0 = tile * kRows, rows = std::min(kRows, plan.rows - row0), dim = r.head_dim;
+  const int64_t first_row = (int64_t(b) * r.kv_heads + head) * plan.rows + row0;
 
-  const size_t numbers = size_t(heads) * rows * dim;
-  float* x = grown(buffer, 3 * numbers + heads * rows);
-  float *out = x + numbers, *in_units = out + numbers, *inverse = in_units + numbers;
-  std::fill_n(inverse, heads * rows, 0.0f);
-  std::fill_n(out, size_t(heads) * rows * dim, 0.0f);
-  softmaxes.resize(std::max(softmaxes.size(), size_t(heads) * rows));
+  Softmax softmax[kRows];
   int64_t last[kRows];
-  for (int i = 0; i < rows; ++i) last[i] = r.positions[int64_t(b) * r.queries + (row0 + i) % r.queries];
-  const auto global_row = [&](int h) { return (int64_t(b) * r.kv_heads + head0 + h) * plan.rows + row0; };
-  const auto queries = [&](int h) -> Queries {
-    return {x + size_t(h) * rows * dim, last, softmaxes.data() + size_t(h) * rows, rows,
-            {in_units + size_t(h) * rows * dim, inverse + h * rows}};
-  };
-  for (int h = 0; h < heads; ++h) {
-    load_queries(r, global_row(h), rows, x + size_t(h) * rows * dim);
-    for (int i = 0; i < rows; ++i) {
-      softmaxes[size_t(h) * rows + i] = {-INFINITY, 0, out + (size_t(h) * rows + i) * dim};
-    }
+  for (int i = 0; i < rows; ++i) {
+    softmax[i] = {-INFINITY, 0, s.out[0] + i * dim};
+    const int query = (row0 + i) % r.queries;
+    last[i] = r.positions ? r.positions[int64_t(b) * r.queries + query]
+                          : int64_t(r.packed_len[b]) + r.hot_len[b] - r.queries + query;
   }
+  std::fill_n(s.out[0], rows * dim, 0.0f);
+  load_queries(r, first_row, rows, s.x[0]);
+  const Queries q{s.x[0], last, softmax, rows};
 
-  const int page_parts = plan.parts - plan.hot_parts, num_pages = r.packed_len[b] / r.page_size;
-  const bool whole = plan.parts == 1;
-  if (whole || p < page_parts) {
-    const int begin = p * plan.pages_a_part, end = std::min(num_pages, begin + plan.pages_a_part);
-    const int32_t* table = r.block_table + int64_t(b) * r.table_width;
-    const auto page_at = [&](int i, int h) {
-      return r.pages + (int64_t(table[i]) * r.kv_heads + head0 + h) * int64_t(plan.page_bytes);
-    };
-    for (int i = begin; i < end; ++i) {
-      for (int h = 0; h < heads; ++h) {
-        const uint8_t* page = page_at(i, h);
-        const uint8_t* next = h + 1 < heads ? page + plan.page_bytes : i + 1 < end ? page_at(i + 1, 0) : page;
-        attend_page(r, plan.key, plan.value, queries(h), page, r.num_sink_tokens + int64_t(i) * r.page_size, next - page, *scratch);
-      }
-    }
-  }
-  if (whole || p >= page_parts) {
-    const int begin = whole ? 0 : (p - page_parts) * plan.hot_a_part;
-    const int end = std::min(r.hot_len[b], whole ? r.hot_len[b] : begin + plan.hot_a_part);
-    for (int h = 0; h < heads; ++h) {
-      const int64_t offset = b * r.hot_batch_stride + (head0 + h) * r.hot_head_stride;
-      for (int slot = begin; slot < end;) {
-        // sinks come before the pages, the others after them
-        const bool is_sink = slot < r.num_sink_tokens;
-        int stop = std::min(end, slot + kHotTokens);
-        if (is_sink) stop = std::min(stop, r.num_sink_tokens);
-        attend_hot(r, queries(h), offset, slot, stop, is_sink ? slot : slot + r.packed_len[b], *scratch);
-        slot = stop;
-      }
-    }
-  }
+  const int pages = Plan::num_pages(r, b), begin = p * plan.part_size, end = begin + plan.part_size;
+  const int first_slot = std::max(0, begin - pages) * kHotTokens;
+  const int slots = std::min(std::max(0, end - pages) * kHotTokens, r.hot_len[b]);
+  attend_pages(r, plan, q, b, head, begin, std::min(end, pages), s);
+  attend_slots(r, q, b, head, first_slot, slots, s);
 
-  for (int h = 0; h < heads; ++h) {
-    for (int i = 0; i < rows; ++i) {
-      const Softmax& state = softmaxes[size_t(h) * rows + i];
-      if (whole) {
-        finish(r, global_row(h) + i, state.high, state.total, state.out);
-        continue;
-      }
-      float* to = partials + ((global_row(h) + i) * plan.parts + p) * (dim + kLanes);
-      to[0] = state.high, to[1] = state.total;
-      for (int c = 0; c < dim; c += kLanes) store(to + kLanes + c, load(state.out + c));
+  for (int i = 0; i < rows; ++i) {
+    if (plan.parts == 1) {
+      finish(r, first_row + i, softmax[i].high, softmax[i].total, softmax[i].out);
+      continue;
     }
+    float* to = partials + ((first_row + i) * plan.parts + p) * (dim + kLanes);
+    to[0] = softmax[i].high, to[1] = softmax[i].total;
+    for (int c = 0; c < dim; c += kLanes) store(to + kLanes + c, load(softmax[i].out + c));
   }
 }
 

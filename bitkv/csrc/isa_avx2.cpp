@@ -7,5 +7,5 @@
 #include "quantize.h"
 
 namespace bitkv {
-const Kernels kAvx2{"avx2", avx2::attend, avx2::encode};
+const Kernels kAvx2{"avx2", false, avx2::attend, avx2::encode};
 }

@@ -7,5 +7,6 @@
 #include "quantize.h"
 
 namespace bitkv {
-const Kernels kAvx512{"avx512", avx512::attend, avx512::encode};
+const Kernels kAvx512{"avx512", true, avx512::attend, avx512::encode};
+const Kernels kAvx512Vnni{"avx512vnni", false, avx512::attend, avx512::encode};  // CPUs without VBMI
 }

@@ -7,5 +7,5 @@
 #include "quantize.h"
 
 namespace bitkv {
-const Kernels kPortable{"portable", portable::attend, portable::encode};
+const Kernels kPortable{"portable", false, portable::attend, portable::encode};
 }

@@ -29,11 +29,14 @@ struct AttendRequest {
   const int32_t* hot_len;      // [batch]
   int num_sink_tokens;
 
-  const int64_t* positions;  // [batch, queries], the last token each query sees; -1 for none
+  // [batch, queries], the last token each query sees, -1 for none; null: the queries are the newest tokens,
+  // and each sees those up to its own
+  const int64_t* positions;
   float scale;
   int64_t window;  // tokens each query sees at most
   float softcap;   // 0 for none
   int threads;
+  bool lookups;  // whether the CPU looks up 64 bytes at once (AVX-512 VBMI)
 
   size_t page_bytes() const { return key.nbytes() + value.nbytes(); }
 };
@@ -56,13 +59,14 @@ struct EncodeRequest {
 
 struct Kernels {
   const char* name;
+  bool lookups;  // for AttendRequest
   void (*attend)(const AttendRequest&);
   void (*encode)(const EncodeRequest&);
 };
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512;
+extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
 #endif
 
 // Calls body(item) for item = 0 ... items - 1 on up to `threads` threads, which take items in turn.

@@ -40,7 +40,8 @@ const std::vector<const Kernels*>& supported() {
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512vnni");
-    if (avx512) found.push_back(&kAvx512);
+    if (avx512 && __builtin_cpu_supports("avx512vbmi")) found.push_back(&kAvx512);
+    if (avx512) found.push_back(&kAvx512Vnni);
     if (avx2) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
@@ -99,6 +100,7 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
   const auto& [block_table, table_width, packed_len] = tables;
   const auto& [hot_k, hot_v, hot_len, hot_dtype, hot_capacity, batch_stride, head_stride, sinks] = hot;
   const auto& [scale, window, softcap] = scoring;
+  const Kernels& kernels = find(isa);
   const AttendRequest request{
       .q = at<const void>(q),
       .out = at<void>(out),
@@ -128,8 +130,8 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .window = window,
       .softcap = softcap,
       .threads = threads,
+      .lookups = kernels.lookups,
   };
-  const Kernels& kernels = find(isa);
   const nb::gil_scoped_release released;
   check(request, num_pages, hot_capacity);
   kernels.attend(request);

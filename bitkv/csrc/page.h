@@ -5,9 +5,7 @@
 // column n * (32 / bits) + 4p + k. So four neighbouring columns of 16 rows meet four numbers in one
 // byte dot product and no sum ever crosses lanes. Where a row of 1-bit codes leaves 16 columns over
 // (head_dim 80), two neighbouring blocks share a vector, after all others: positions 0-3, then 4-7.
-// 1-bit codes of which 64 rows share their columns' scales lie for lookups instead: vector n of a block of
-// 64 rows has columns 8n to 8n + 7, a byte for each row, bit j for column 8n + j. Byte 32h + 2i + o is row
-// 32h + 16o + i, so that sums of even and of odd bytes come out as rows in order. From 16 bits on a block is column after column of 16 values.
+// From 16 bits on a block is column after column of 16 values.
 #pragma once
 
 #include <cstddef>
@@ -33,8 +31,7 @@ struct Part {
   int blocks() const { return rows / kLanes; }
   int columns_per_vector() const { return 32 / bits; }
   int vectors() const { return columns / columns_per_vector(); }  // whole ones, in a block
-  bool has_tables() const { return bits == 1 && !row_scales && group % 64 == 0; }
-  bool has_tail() const { return !is_raw() && !has_tables() && columns % columns_per_vector() != 0; }
+  bool has_tail() const { return !is_raw() && columns % columns_per_vector() != 0; }
   size_t block_bytes() const {
     return is_raw() ? size_t(columns) * kLanes * (bits / 8) : size_t(vectors()) * 64;
   }

@@ -307,22 +307,9 @@ struct Target {
     return out + part.blocks() * part.block_bytes() + (block / 2) * 64;
   }
 
-  // 1-bit codes for lookups: a byte for eight columns of a row, in blocks of 64 rows.
-  void put_for_tables(int block, int column, const F (&codes)[kLanes]) const {
-    for (int n = 0; n < 2; ++n) {
-      F sum = codes[8 * n];
-      for (int j = 1; j < 8; ++j) sum = fma(codes[8 * n + j], set(float(1 << j)), sum);
-      int8_t bytes[kLanes];
-      store_unsigned_bytes(bytes, to_int(sum));
-      uint8_t* vector = out + (block / 4) * part.columns * 8 + (column / 8 + n) * 64 + block % 4 / 2 * 32 + block % 2;
-      for (int i = 0; i < kLanes; ++i) vector[2 * i] = uint8_t(bytes[i]);
-    }
-  }
-
   // Codes of columns `column` to `column + 15` of a block's 16 rows, which are the lanes.
   template <int kBits>
   void put(int block, int column, const F (&codes)[kLanes]) const {
-    if (kBits == 1 && part.has_tables()) return put_for_tables(block, column, codes);
     constexpr int kPositions = kBits > 2 ? 8 / kBits : 4;
     for (int v = 0; v < 4 / kPositions; ++v) {
       F bytes[4];

@@ -13,13 +13,14 @@ namespace bitkv::BITKV_ISA {
 
 constexpr int kRows = 32;      // query rows that share a pass over a page
 constexpr int kColumns = 256;  // channels of a head or tokens of a page, at most
+constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
 constexpr int kMaxH = kAccumulators >= 16 ? 8 : 4;  // rows that are multiplied at once
 
 // Calls fn(0), ..., fn(N - 1) with constants. Sums live in arrays, which stay in registers only where
 // every index is a constant.
 template <int N, class Fn>
 [[gnu::always_inline]] inline void repeat(const Fn& fn) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (fn(std::integral_constant<int, i>()), ...); }
+  [&]<int... i>(std::integer_sequence<int, i...>) __attribute__((always_inline)) { (fn(std::integral_constant<int, i>()), ...); }
   (std::make_integer_sequence<int, N>());
 }
 
@@ -36,6 +37,12 @@ inline void by_rows(int rows, const Fn& fn) {
 // Into the second-level cache: a page and the next do not fit in the first together.
 inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
+// The scales of a row of columns.
+struct ColumnScales {
+  const uint16_t* scale;
+  const uint16_t* zero;
+};
+
 // A part with everything that would otherwise be divided out for each page.
 struct Half {
   int bits, rows, columns, group, groups, blocks, vectors;
@@ -43,43 +50,45 @@ struct Half {
   DType dtype;
   size_t block_bytes, scales_at, zeros_at, tail_at, nbytes;
 
-  explicit Half(const Part& p)
+  Half(const Part& p, bool lookups)
       : bits(p.bits), rows(p.rows), columns(p.columns), group(p.group),
         groups(p.is_raw() ? 1 : (p.row_scales ? p.columns : p.rows) / p.group), blocks(p.blocks()),
-        vectors(p.is_raw() ? 0 : p.vectors()), row_scales(p.row_scales), is_raw(p.is_raw()), tables(p.has_tables()), tail(p.has_tail()),
+        vectors(p.is_raw() ? 0 : p.vectors()), row_scales(p.row_scales), is_raw(p.is_raw()), 
+        // a table must serve 64 rows to be worth making
+        tables(lookups && p.bits == 1 && !p.row_scales && p.group >= 64), tail(p.has_tail()),
         dtype(p.dtype), block_bytes(p.block_bytes()), scales_at(p.code_bytes()),
         zeros_at(p.code_bytes() + 2 * size_t(p.num_scales())), tail_at(p.blocks() * p.block_bytes()),
         nbytes(p.nbytes()) {}
 
   const uint16_t* scales(const uint8_t* data) const { return reinterpret_cast<const uint16_t*>(data + scales_at); }
   const uint16_t* zeros(const uint8_t* data) const { return reinterpret_cast<const uint16_t*>(data + zeros_at); }
+  ColumnScales of_columns(const uint8_t* data, int g) const { return {scales(data) + g * columns, zeros(data) + g * columns}; }
+  // whether sums over its columns are those of integers
+  bool is_integer() const { return !is_raw && bits < 8; }
 };
 
-// What rounding needs to know of rows of numbers times the scales of their columns.
-struct Measured {
-  float largest[kRows];  // of the numbers' sizes, or of their sums over four neighbours
-  float square[kRows];   // sum of squares
-  float offset[kRows];   // sum of the unscaled numbers times the middles of their columns' levels
+// Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns.
+struct Units {
+  float unit[kUnitBlocks][kRows], inverse[kUnitBlocks][kRows];
+  bool is_coarse[kRows];  // whether what rounding leaves matters
 };
 
-// Keys' scales differ little from page to page, and so does the unit that suits a query: with the query
-// in units of a guess, rounding takes one pass over it, and measuring serves to check the guess.
-struct Guess {
-  float* x;        // [rows][stride], in units
-  float* inverse;  // 1 / unit of each row, 0 for none yet
+// Rows of numbers to multiply with codes: bytes, and a second term for what rounding left.
+struct Numbers {
+  alignas(64) int8_t high[kMaxH][kColumns], low[kMaxH][kColumns];
+  float unit[kUnitBlocks][kMaxH], low_unit[kUnitBlocks][kMaxH];  // what the bytes are multiples of
+  float offset[kMaxH], low_offset[kMaxH];                       // what turns sums of codes into sums of values
+  bool has_low;
 };
 
 struct Scratch {
-  // numbers to multiply with codes: rows of bytes, a second term for what rounding left, and for
-  // 1-bit codes their sums over each choice of four neighbours
-  alignas(64) int8_t high[kMaxH][kColumns], low[kMaxH][kColumns];
-  alignas(64) uint8_t tables[kMaxH][kColumns * 4];
-  float unit[kMaxH], low_unit[kMaxH];      // what the numbers are multiples of
-  float offset[kMaxH], low_offset[kMaxH];  // what turns sums of codes into sums of values
-  Measured measured;
-  bool has_low;
+  Numbers numbers;
+  alignas(64) uint8_t tables[kMaxH][kColumns * 4];  // for 1-bit codes: the sums of each choice of a quad
+  Units of_weights, of_queries;
+  alignas(64) float x[kRows][kColumns], out[kRows][kColumns];
   alignas(64) float scaled[kMaxH][kColumns];
   alignas(64) float scores[kRows][kColumns], weights[kRows][kColumns];
+  float offset[kRows];
 };
 
 // Rows of a result [h][stride], set or added to.
@@ -115,206 +124,160 @@ inline void maxima_of(const F (&x)[H], float* out) {
   }
 }
 
-// The scales of a row of columns; for numbers that are not scaled, none.
-struct ColumnScales {
-  const uint16_t* scale;
-  const uint16_t* zero;
-};
-
-// How rows of numbers are rounded for codes of BITS bits: to bytes, or so that the sums of four
-// neighbours are bytes of which two can be added. Probabilities are never negative: one bit more.
-template <int BITS, bool kPositive, bool kTables, bool kOfRows = false>
+// How rows of numbers are rounded for codes of BITS bits: to bytes, or so that the sums of quads are
+// bytes; fine: each block of columns to a unit of its own. Probabilities are never negative: one bit more.
+template <int BITS, bool kPositive, bool kTables = false, bool kFine = false, bool kOfRows = false>
 struct Rounding {
-  static constexpr float kTop = kTables ? (kPositive ? 125 : 61) : (kPositive ? 255 : 127);
-  static constexpr float kLow = kTables ? 31 : 254;  // steps of the second term in a unit
-  static constexpr int kBias = kTables && !kPositive ? 64 : 0;  // what makes sums of four unsigned
-  static constexpr int kLowBias = kTables ? 64 : 0;
+  static constexpr bool kIsPositive = kPositive, kIsFine = kFine;
+  // a quad's sum may be rounded up by 2
+  static constexpr float kTop = (kPositive ? 255 : 127) - (kTables ? 2 : 0);
+  static constexpr float kLow = kTables ? 62 : 254;             // steps of the second term in a unit
   static constexpr float kMiddle = float((1 << BITS) - 1) / 2;  // of the code range
-  // 12 times the squared error of Gaussian data's codes, in steps
+  // 12 times the squared error of Gaussian data's codes, in steps, and the variance of those codes; at
+  // 4 bits the fewer numbers share a range, the more of it they use
   static constexpr float kError = BITS == 1 ? 1.7f : BITS == 2 ? 1.3f : 1.0f;
+  static constexpr float kVariance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : kFine ? 13.0f : 8.0f;
   // of quantization's error that rounding may add; where rows have scales of their own, those of the rows
   // that matter may be far above the average
-  static constexpr float kShare = kOfRows ? 0.03f : 0.09f;
+  static constexpr float kShare = kOfRows ? 0.03f : kFine ? 0.1f : 0.09f;
   // Numbers that differ more in size than this make scores of which the softmax sees little else, and
   // there errors grow as quantization's no longer do.
   static constexpr float kSpread = kTables ? 9 : 5.5f;
 
-  // Whether rounding to this unit may cost more than it should: its variance times that of codes around
-  // their middle, against the square of what quantization did to the numbers.
-  static bool is_coarse(float unit, float largest, int columns, int group, float square) {
-    const float variance = BITS == 1 ? 0.25f : BITS == 2 ? 1.1f : group >= 128 ? 7.3f : 8.0f;
-    const float of_error = unit * unit * variance / (kError * kShare * kShare);
-    const float of_spread = kPositive ? 0 : largest * largest / (kSpread * kSpread);
-    return float(columns) * std::max(of_error, of_spread) > square;
+  // Whether rounding may cost more than it should: the variance of a unit times that of codes around their
+  // middle, against the square of what quantization did to the numbers. `spread` is the square of the
+  // largest number, summed over columns.
+  static bool is_coarse(float spread, float square) {
+    constexpr float of_error = kVariance / (kTop * kTop * kError * kShare * kShare);
+    constexpr float of_spread = kPositive ? 0 : 1 / (kSpread * kSpread);
+    return spread * std::max(of_error, of_spread) > square;
   }
 
-  static constexpr bool kUnsigned = kPositive && !kTables;
-  static constexpr bool kIsFine = BITS == 4;
+  static int unit_columns(int columns) { return kFine ? kUnitColumns : columns; }
 
-  static F size(F y) {
-    return kTables ? sums_of_fours(abs(y)) : abs(y);
+  static F size(F y) {  // what must fit in a byte
+    if constexpr (kTables) return sums_of_quads(abs(y));
+    else return abs(y);
   }
 };
 
-template <class Rule, int H>
-inline void measure(const float* x, int stride, int columns, ColumnScales of, float* largest, float* square,
-                    float* offset) {
-  F top[H], squares[H], offsets[H];
-  repeat<H>([&](auto h) { top[h] = squares[h] = offsets[h] = set(0); });
-  for (int c = 0; c < columns; c += kLanes) {
-    const F scale = of.scale ? load_half(of.scale + c) : set(1);
-    const F middle = of.scale ? fma(scale, set(Rule::kMiddle), load_half(of.zero + c)) : set(1);
-    repeat<H>([&](auto h) {
-      const F xc = load(x + h * stride + c), y = xc * scale;
-      top[h] = max(top[h], Rule::size(y));
-      squares[h] = fma(y, y, squares[h]);
-      offsets[h] = fma(xc, middle, offsets[h]);
-    });
-  }
-  maxima_of<H>(top, largest);
-  sums_of<H>(squares, square);
-  sums_of<H>(offsets, offset);
-}
-
-// Sixteen columns at a time, or four times as many: fn(column, number of vectors as a constant).
+// Columns [c, end), up to 64 at a time: fn(column, number of vectors as a constant).
 template <class Fn>
-[[gnu::always_inline]] inline void by_columns(int columns, const Fn& fn) {
-  int c = 0;
-  for (; c + 64 <= columns; c += 64) fn(c, std::integral_constant<int, 4>());
-  for (; c < columns; c += kLanes) fn(c, std::integral_constant<int, 1>());
+[[gnu::always_inline]] inline void by_columns(int c, int end, const Fn& fn) {
+  for (; c + 64 <= end; c += 64) fn(c, std::integral_constant<int, 4>());
+  for (; c < end; c += kLanes) fn(c, std::integral_constant<int, 1>());
 }
 
-template <class Rule, int N>
-[[gnu::always_inline]] inline I store_numbers(int8_t* p, const F (&y)[N], I counts) {
-  if constexpr (N == 4) {
-    const B bytes = pack<Rule::kUnsigned>(to_int(y[0]), to_int(y[1]), to_int(y[2]), to_int(y[3]));
-    store_bytes(p, bytes);
-    return count<Rule::kUnsigned>(counts, bytes);
-  } else {
-    const I n = to_int(y[0]);
-    Rule::kUnsigned ? store_unsigned_bytes(p, n) : store_bytes(p, n);
-    return counts + n;
+// Finds the units of H rows and whether rounding to them is coarse, from what `top_of(first, last, top,
+// squares)` gathers over a block of columns: the largest sizes and sums of squares of each row.
+template <class Rule, int H, class Fn>
+[[gnu::always_inline]] inline void find_units(int columns, float square_of_group, int row, Units& units, const Fn& top_of) {
+  F squares[H];
+  float spread[H] = {}, square[H];
+  repeat<H>([&](auto h) { squares[h] = set(0); });
+  for (int c = 0, block = 0; c < columns; ++block) {
+    const int end = std::min(columns, c + Rule::unit_columns(columns));
+    F top[H];
+    repeat<H>([&](auto h) { top[h] = set(0); });
+    top_of(c, end, top, squares);
+    float largest[H];
+    maxima_of<H>(top, largest);
+    for (int h = 0; h < H; ++h) {
+      units.unit[block][row + h] = largest[h] * (1 / Rule::kTop);
+      units.inverse[block][row + h] = largest[h] > 1e-30f ? Rule::kTop / largest[h] : 0;
+      spread[h] += largest[h] * largest[h] * float(end - c);
+    }
+    c = end;
   }
+  sums_of<H>(squares, square);
+  for (int h = 0; h < H; ++h) units.is_coarse[row + h] = Rule::is_coarse(spread[h], square_of_group * square[h]);
+}
+
+// Where groups share units, the largest scales make them: what a group's squares are to the squares of those.
+constexpr float square_of_group(int groups) { return groups > 1 ? 0.7f : 1; }
+
+// The largest scales of sixteen columns: of all groups of a page, or 1 where rows have scales of their own.
+inline F largest_scales(const uint16_t* scales, int groups, int columns, int c) {
+  if (!scales) return set(1);
+  F most = load_half(scales + c);
+  for (int g = 1; g < groups; ++g) most = max(most, load_half(scales + g * columns + c));
+  return most;
+}
+
+template <class Rule, int H>
+inline void measure_queries(const float* x, int stride, int columns, const uint16_t* scales, int groups, int row, Units& units) {
+  find_units<Rule, H>(columns, square_of_group(groups), row, units, [&](int c, int end, F (&top)[H], F (&squares)[H]) {
+    for (; c < end; c += kLanes) {
+      const F scale = largest_scales(scales, groups, columns, c);
+      repeat<H>([&](auto h) {
+        const F y = load(x + h * stride + c) * scale;
+        top[h] = max(top[h], Rule::size(y));
+        squares[h] = fma(y, y, squares[h]);
+      });
+    }
+  });
 }
 
 // What rounding left, where it matters: low = (y - round(y)) in smaller steps, y = x * scale in units.
 template <class Rule, int H>
-inline void round_rest(const float* x, int stride, int columns, const uint16_t* scale, const float* inverse,
-                       Scratch& s) {
+inline void round_rest(const float* x, int stride, int columns, const uint16_t* scale, const Units& units, int row, Numbers& n) {
   for (int h = 0; h < H; ++h) {
-    I counts = zero_int();
-    for (int c = 0; c < columns; c += kLanes) {
-      F y = load(x + h * stride + c) * set(inverse[h]);
-      if (scale) y = y * load_half(scale + c);
-      const I n = to_int((y - round(y)) * set(Rule::kLow));
-      counts = counts + n;
-      store_bytes(s.low[h] + c, n);
+    n.low_offset[h] = 0;
+    for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
+      I counts = zero_int();
+      for (int c = begin; c < std::min(columns, begin + Rule::unit_columns(columns)); c += kLanes) {
+        F y = load(x + h * stride + c) * set(units.inverse[block][row + h]);
+        if (scale) y = y * load_half(scale + c);
+        const I rest = to_int((y - round(y)) * set(Rule::kLow));
+        counts = counts + rest;
+        store_bytes(n.low[h] + c, rest);
+      }
+      n.low_unit[block][h] = n.unit[block][h] / Rule::kLow;
+      n.low_offset[h] -= n.low_unit[block][h] * Rule::kMiddle * float(sum(counts));
     }
-    s.low_unit[h] = s.unit[h] / Rule::kLow;
-    s.low_offset[h] = -s.low_unit[h] * (Rule::kMiddle * sum(to_float(counts)) + float(Rule::kLowBias * columns / 4));
   }
 }
 
-// Rounds H rows x, times their columns' scales if there are any, to multiples of each row's unit.
+// Rounds rows x, times the scales of their columns if these have any, to their units.
 //
 // The sums count codes from the middle of their range, so that the part all codes share is exact and
 // rounding meets only the deviations.
 template <class Rule, int H>
-inline void round_rows(const float* x, int stride, int columns, int group, const uint16_t* scale, const float* largest,
-                       const float* square, const float* offset, Scratch& s) {
-  float inverse[H], total[H];
-  I counts[H];
-  repeat<H>([&](auto h) {
-    inverse[h] = largest[h] > 1e-30f ? Rule::kTop / largest[h] : 0;
-    s.unit[h] = largest[h] / Rule::kTop;
-    counts[h] = zero_int();
-  });
-  by_columns(columns, [&](int c, auto n) {
-    F scales[n()];
-    repeat<n()>([&](auto j) { scales[j] = scale ? load_half(scale + c + j * kLanes) : set(1); });
-    repeat<H>([&](auto h) {
-      F y[n()];
-      repeat<n()>([&](auto j) { y[j] = load(x + h * stride + c + j * kLanes) * (scales[j] * set(inverse[h])); });
-      counts[h] = store_numbers<Rule, n()>(s.high[h] + c, y, counts[h]);
-    });
-  });
-  F as_float[H];
-  repeat<H>([&](auto h) { as_float[h] = to_float(counts[h]); });
-  sums_of<H>(as_float, total);
-  s.has_low = false;
-  repeat<H>([&](auto h) {
-    s.offset[h] = offset[h] - s.unit[h] * (Rule::kMiddle * total[h] + float(Rule::kBias * columns / 4));
-    s.has_low |= Rule::is_coarse(s.unit[h], largest[h], columns, group, square[h]);
-  });
-  if (s.has_low) round_rest<Rule, H>(x, stride, columns, scale, inverse, s);
-}
-
-// The same in one pass over rows that are in units already; false if the units do not suit.
-template <class Rule, int H>
-inline bool round_by_guess(const float* x, int stride, int columns, int group, ColumnScales of, const float* inverse,
-                           Scratch& s) {
-  F top[H], squares[H], offsets[H];
-  I counts[H];
-  for (int h = 0; h < H; ++h) if (inverse[h] == 0) return false;
-  repeat<H>([&](auto h) { top[h] = squares[h] = offsets[h] = set(0), counts[h] = zero_int(); });
-  by_columns(columns, [&](int c, auto n) {
-    F scales[n()], middles[n()];
-    repeat<n()>([&](auto j) {
-      scales[j] = load_half(of.scale + c + j * kLanes);
-      middles[j] = fma(scales[j], set(Rule::kMiddle), load_half(of.zero + c + j * kLanes));
-    });
-    repeat<H>([&](auto h) {
-      F y[n()];
-      repeat<n()>([&](auto j) {
-        const F xc = load(x + h * stride + c + j * kLanes);
-        y[j] = xc * scales[j];
-        top[h] = max(top[h], Rule::size(y[j]));
-        squares[h] = fma(y[j], y[j], squares[h]);
-        offsets[h] = fma(xc, middles[j], offsets[h]);
+inline void round_rows(const float* x, int stride, int columns, ColumnScales of, const Units& units, int row, Numbers& n) {
+  F total[H];
+  repeat<H>([&](auto h) { total[h] = set(0); });
+  for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
+    const float *unit = units.unit[block] + row, *inverse = units.inverse[block] + row;
+    F offsets[H];
+    I counts[H];
+    repeat<H>([&](auto h) { offsets[h] = set(0), counts[h] = zero_int(); });
+    by_columns(begin, std::min(columns, begin + Rule::unit_columns(columns)), [&](int c, auto vectors) {
+      F scales[vectors()], middles[vectors()];
+      repeat<vectors()>([&](auto j) {
+        scales[j] = of.scale ? load_half(of.scale + c + j * kLanes) : set(1);
+        middles[j] = of.scale ? fma(scales[j], set(Rule::kMiddle), load_half(of.zero + c + j * kLanes)) : set(1);
       });
-      counts[h] = store_numbers<Rule, n()>(s.high[h] + c, y, counts[h]);
+      repeat<H>([&](auto h) {
+        I y[4] = {zero_int(), zero_int(), zero_int(), zero_int()};
+        repeat<vectors()>([&](auto j) {
+          const F xc = load(x + h * stride + c + j * kLanes);
+          y[j] = to_int(xc * (scales[j] * set(inverse[h])));
+          offsets[h] = fma(xc, middles[j], offsets[h]);
+        });
+        const B bytes = pack<Rule::kIsPositive>(y[0], y[1], y[2], y[3]);
+        store_bytes(n.high[h] + c, bytes);
+        counts[h] = add_bytes<Rule::kIsPositive>(counts[h], bytes);
+      });
     });
-  });
-  float largest[H], square[H], offset[H], total[H];
-  F as_float[H];
-  maxima_of<H>(top, largest);
-  repeat<H>([&](auto h) { as_float[h] = to_float(counts[h]); });
-  sums_of<H>(squares, square);
-  sums_of<H>(offsets, offset);
-  sums_of<H>(as_float, total);
-  bool suits = true;
-  s.has_low = false;
-  repeat<H>([&](auto h) {
-    suits &= largest[h] <= Rule::kTop && largest[h] >= 0.5f * Rule::kTop;
-    s.unit[h] = 1 / inverse[h];
-    s.offset[h] = s.unit[h] * (offset[h] - Rule::kMiddle * total[h] - float(Rule::kBias * columns / 4));
-    s.has_low |= Rule::is_coarse(1, largest[h], columns, group, square[h]);
-  });
-  if (suits && s.has_low) {
-    float ones[H];
-    for (float& one : ones) one = 1;
-    round_rest<Rule, H>(x, stride, columns, of.scale, ones, s);
+    repeat<H>([&](auto h) {
+      n.unit[block][h] = unit[h];
+      total[h] = total[h] + fma(to_float(counts[h]), set(-Rule::kMiddle * unit[h]), offsets[h]);
+    });
   }
-  return suits;
-}
-
-template <class Rule, int H>
-inline void round_keys(const float* x, int stride, int columns, int group, ColumnScales of, const Guess& guess,
-                       int row, Scratch& s) {
-  float* in_units = guess.x + row * stride;
-  if (round_by_guess<Rule, H>(in_units, stride, columns, group, of, guess.inverse + row, s)) return;
-  Measured& m = s.measured;
-  measure<Rule, H>(x, stride, columns, of, m.largest, m.square, m.offset);
-  round_rows<Rule, H>(x, stride, columns, group, of.scale, m.largest, m.square, m.offset, s);
-  // room for larger scales to come: more of it where few tokens make a scale, less at 4 bits
-  const float room = Rule::kIsFine ? 0.92f : group >= 128 ? 0.85f : 0.75f;
-  for (int h = 0; h < H; ++h) {
-    const float inverse = m.largest[h] > 1e-30f ? room * Rule::kTop / m.largest[h] : 0;
-    guess.inverse[row + h] = inverse;
-    for (int c = 0; c < columns; c += kLanes) {
-      store(in_units + h * stride + c, load(x + h * stride + c) * set(inverse));
-    }
-  }
+  sums_of<H>(total, n.offset);
+  const bool* coarse = units.is_coarse + row;
+  n.has_low = std::any_of(coarse, coarse + H, [](bool is) { return is; });
+  if (n.has_low) round_rest<Rule, H>(x, stride, columns, of.scale, units, row, n);
 }
 
 // --- codes times bytes ----------------------------------------------------------------------------
@@ -350,7 +313,7 @@ template <int BITS, bool kPositive, int H, int R>
 }
 
 // The sixteen columns that two neighbouring blocks of 1-bit codes keep in one vector.
-template <int H>
+template <bool kPositive, int H>
 [[gnu::always_inline]] inline void multiply_tail(I (&acc)[H], const Half& part, const uint8_t* data, int block,
                                                  const int8_t* numbers) {
   const B word = load_bytes(data + part.tail_at + (block / 2) * 64);
@@ -359,30 +322,51 @@ template <int H>
     repeat<H>([&](auto h) {
       int32_t four;
       __builtin_memcpy(&four, numbers + h * kColumns + (part.vectors * 8 + at) * 4, 4);
-      acc[h] = dot(acc[h], code, four);
+      acc[h] = kPositive ? dot_unsigned(acc[h], code, four) : dot(acc[h], code, four);
     });
   }
 }
 
+template <int H, int R>
+[[gnu::always_inline]] inline void put_sums(const I (&acc)[R][H], int block, const float* unit, const float* offset,
+                                            Result out) {
+  repeat<R>([&](auto r) __attribute__((always_inline)) {
+    repeat<H>([&](auto h) __attribute__((always_inline)) { out.put(h, block + r, fma(to_float(acc[r][h]), set(unit[h]), set(offset[h]))); });
+  });
+}
+
 // Blocks [first, last), which share a row of scales, times H rows of numbers.
-template <int BITS, bool kPositive, int H, int R>
+template <int BITS, bool kPositive, bool kFine, int H, int R>
 inline void byte_sums(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
-                      const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
+                      const float (*unit)[kMaxH], const float* offset, Result out, ptrdiff_t ahead) {
   int block = first;
   for (; block + R <= last; block += R) {
+    const uint8_t* codes = data + block * part.block_bytes;
     I acc[R][H];
-    repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
-    multiply<BITS, kPositive, H, R>(acc, data + block * part.block_bytes, part.block_bytes, part.vectors, numbers,
-                                    ahead);
-    if constexpr (BITS == 1 && !kPositive) {
-      if (part.tail) repeat<R>([&](auto r) { multiply_tail<H>(acc[r], part, data, block + r, numbers); });
+    if constexpr (kFine) {
+      constexpr int kVectors = kUnitColumns * BITS / 32;
+      F sums[R][H];
+      repeat<R>([&](auto r) { repeat<H>([&](auto h) { sums[r][h] = set(offset[h]); }); });
+      for (int v = 0, b = 0; v < part.vectors; v += kVectors, ++b) {
+        repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
+        multiply<BITS, kPositive, H, R>(acc, codes + v * 64, part.block_bytes, std::min(kVectors, part.vectors - v),
+                                        numbers + b * kUnitColumns, ahead);
+        repeat<R>([&](auto r) {
+          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b][h]), sums[r][h]); });
+        });
+      }
+      repeat<R>([&](auto r) { repeat<H>([&](auto h) { out.put(h, block + r, sums[r][h]); }); });
+    } else {
+      repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
+      multiply<BITS, kPositive, H, R>(acc, codes, part.block_bytes, part.vectors, numbers, ahead);
+      if constexpr (BITS == 1) {
+        if (part.tail) repeat<R>([&](auto r) { multiply_tail<kPositive, H>(acc[r], part, data, block + r, numbers); });
+      }
+      put_sums<H, R>(acc, block, unit[0], offset, out);
     }
-    repeat<R>([&](auto r) {
-      repeat<H>([&](auto h) { out.put(h, block + r, fma(to_float(acc[r][h]), set(unit[h]), set(offset[h]))); });
-    });
   }
   if constexpr (R > 1) {
-    if (block < last) byte_sums<BITS, kPositive, H, R / 2>(part, data, block, last, numbers, unit, offset, out, ahead);
+    if (block < last) byte_sums<BITS, kPositive, kFine, H, R / 2>(part, data, block, last, numbers, unit, offset, out, ahead);
   }
 }
 
@@ -390,49 +374,64 @@ constexpr int blocks_at_once(int h, int most) { return std::max(1, std::min(most
 
 // --- 1-bit codes by table -------------------------------------------------------------------------
 
-// The sums of every choice of four neighbouring numbers, plus `bias`: sixteen bytes for each four columns.
-inline void fill_tables(const int8_t* numbers, int columns, int bias, uint8_t* tables) {
-  for (int c = 0; c < columns; c += kLanes) choices_of_four(numbers + c, bias, tables + 4 * c);
-}
-
-// Blocks of 64 rows [first, last): a byte of codes selects from two tables, for eight columns at once.
-template <int H, int R>
-inline void table_sums(const Half& part, const uint8_t* data, int first, int last, const uint8_t (*tables)[kColumns * 4],
-                       const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
-  int block = first;
-  for (; block + R <= last; block += R) {
-    W acc[R][H];
-    repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_words(); }); });
-    const uint8_t* codes = data + block * part.columns * 8;
-    const uint8_t* table = tables[0];
-    for (int c = 0; c < part.columns; c += 8, codes += 64, table += 32) {
-      B low[R], high[R];
-      repeat<R>([&](auto r) {
-        const uint8_t* p = codes + r * part.columns * 8;
-        const B word = load_bytes(p);
-        prefetch(p + ahead);
-        low[r] = bits_at(word, 0, 15);
-        high[r] = bits_at(word, 4, 15);
-      });
-      repeat<H>([&](auto h) {
-        const B first_four = load_table(table + h * kColumns * 4), last_four = load_table(table + h * kColumns * 4 + 16);
-        repeat<R>([&](auto r) {
-          acc[r][h] = add_pairs(acc[r][h], add_bytes(lookup(first_four, low[r]), lookup(last_four, high[r])));
-        });
-      });
-    }
+// acc[r][h] += the entries of tables that codes of R blocks select, over `vectors` vectors of a block: a
+// nibble for a quad of columns at a time.
+template <bool kPositive, int H, int R>
+[[gnu::always_inline]] inline void look_up(I (&acc)[R][H], const uint8_t* codes, size_t block_bytes, int vectors,
+                                           const uint8_t* tables, ptrdiff_t ahead) {
+  for (int v = 0; v < vectors; ++v, tables += 128) {
+    B low[R], high[R];
     repeat<R>([&](auto r) {
-      repeat<H>([&](auto h) {
-        I rows[4];
-        separate(acc[r][h], rows);
-        repeat<4>([&](auto i) {
-          out.put(h, 4 * (block + r) + i, fma(to_float(rows[i]), set(unit[h]), set(offset[h])));
-        });
+      const uint8_t* p = codes + r * block_bytes + v * 64;
+      const B word = load_bytes(p);
+      prefetch(p + ahead);
+      low[r] = entries(word);
+      high[r] = entries(shifted<4>(word));
+    });
+    repeat<H>([&](auto h) {
+      const B first = load_bytes(tables + h * kColumns * 4), second = load_bytes(tables + h * kColumns * 4 + 64);
+      repeat<R>([&](auto r) {
+        acc[r][h] = add_bytes<kPositive>(acc[r][h], lookup(first, low[r]));
+        acc[r][h] = add_bytes<kPositive>(acc[r][h], lookup(second, high[r]));
       });
     });
   }
+}
+
+// See multiply_tail.
+template <bool kPositive, int H>
+[[gnu::always_inline]] inline void look_up_tail(I (&acc)[H], const Half& part, const uint8_t* data, int block,
+                                                const uint8_t* tables) {
+  const B word = load_bytes(data + part.tail_at + (block / 2) * 64);
+  const B index = entries(block % 2 ? shifted<4>(word) : word);
+  repeat<H>([&](auto h) {
+    acc[h] = add_bytes<kPositive>(acc[h], lookup(load_bytes(tables + h * kColumns * 4 + part.vectors * 128), index));
+  });
+}
+
+template <int H>
+inline void fill_tables(const int8_t* numbers, int columns, uint8_t* tables) {
+  for (int h = 0; h < H; ++h) {
+    for (int c = 0; c < columns; c += kLanes) choices_of_quads(numbers + h * kColumns + c, tables + 4 * (h * kColumns + c));
+  }
+}
+
+// As byte_sums, with tables.
+template <bool kPositive, int H, int R>
+inline void table_sums(const Half& part, const uint8_t* data, int first, int last, const uint8_t* tables,
+                       const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
+  int block = first;
+  for (; block + R <= last; block += R) {
+    I acc[R][H];
+    repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
+    look_up<kPositive, H, R>(acc, data + block * part.block_bytes, part.block_bytes, part.vectors, tables, ahead);
+    if (part.tail) {
+      repeat<R>([&](auto r) { look_up_tail<kPositive, H>(acc[r], part, data, block + r, tables); });
+    }
+    put_sums<H, R>(acc, block, unit, offset, out);
+  }
   if constexpr (R > 1) {
-    if (block < last) table_sums<H, R / 2>(part, data, block, last, tables, unit, offset, out, ahead);
+    if (block < last) table_sums<kPositive, H, R / 2>(part, data, block, last, tables, unit, offset, out, ahead);
   }
 }
 
@@ -445,57 +444,71 @@ inline void prefetch_scales(const uint16_t* scale, const uint16_t* zero, int cou
   }
 }
 
-// Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). With `measured`,
-// x is scaled already.
-template <int BITS, bool kPositive, bool kTables>
-inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows,
-                            const Guess& guess, const Measured* measured, Result out, ptrdiff_t ahead, Scratch& s) {
-  using Rule = Rounding<BITS, kPositive, kTables>;
-  constexpr int kBlock = kTables ? 64 : kLanes;
-  const int blocks = part.group / kBlock;
+// Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). Weights come
+// with their units.
+template <class Rule, int BITS, bool kTables>
+inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                            ptrdiff_t ahead, Scratch& s) {
+  constexpr bool kPositive = Rule::kIsPositive, kFine = Rule::kIsFine;
+  const int blocks = part.group / kLanes;
+  Units& units = kPositive ? s.of_weights : s.of_queries;
+  if constexpr (!kPositive) {
+    by_rows(rows, [&](int row, auto h) {
+      measure_queries<Rule, h()>(x + row * stride, stride, part.columns, part.scales(data), part.groups, row, units);
+    });
+  }
+  Numbers& n = s.numbers;
   for (int g = 0; g < part.groups; ++g) {
-    const ColumnScales of{part.scales(data) + g * part.columns, part.zeros(data) + g * part.columns};
+    const ColumnScales of = part.of_columns(data, g);
     prefetch_scales(of.scale, of.zero, part.columns, ahead);
     const int first = g * blocks, last = first + blocks;
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
-      const float* xr = x + row * stride;
-      if constexpr (!kPositive) {
-        round_keys<Rule, H>(xr, stride, part.columns, part.group, of, guess, row, s);
-      } else if (measured) {
-        round_rows<Rule, H>(xr, stride, part.columns, part.group, nullptr, measured->largest + row, measured->square + row,
-                            measured->offset + row, s);
-      } else {
-        Measured& m = s.measured;
-        measure<Rule, H>(xr, stride, part.columns, of, m.largest, m.square, m.offset);
-        round_rows<Rule, H>(xr, stride, part.columns, part.group, of.scale, m.largest, m.square, m.offset, s);
-      }
+      round_rows<Rule, H>(x + row * stride, stride, part.columns, of, units, row, n);
       Result to = out.from(row);
       if constexpr (kTables) {
-        constexpr int R = blocks_at_once(2 * H, 2);
-        for (int i = 0; i < H; ++i) fill_tables(s.high[i], part.columns, Rule::kBias, s.tables[i]);
-        table_sums<H, R>(part, data, first, last, s.tables, s.unit, s.offset, to, ahead);
-        if (!s.has_low) return;
-        to.add = true;
-        for (int i = 0; i < H; ++i) fill_tables(s.low[i], part.columns, Rule::kLowBias, s.tables[i]);
-        table_sums<H, R>(part, data, first, last, s.tables, s.low_unit, s.low_offset, to, ahead);
-      } else {
         constexpr int R = blocks_at_once(H, 4);
-        byte_sums<BITS, kPositive, H, R>(part, data, first, last, s.high[0], s.unit, s.offset, to, ahead);
-        if (!s.has_low) return;
+        fill_tables<H>(n.high[0], part.columns, s.tables[0]);
+        table_sums<kPositive, H, R>(part, data, first, last, s.tables[0], n.unit[0], n.offset, to, ahead);
+        if (!n.has_low) return;
         to.add = true;
-        byte_sums<BITS, false, H, R>(part, data, first, last, s.low[0], s.low_unit, s.low_offset, to, ahead);
+        fill_tables<H>(n.low[0], part.columns, s.tables[0]);
+        table_sums<false, H, R>(part, data, first, last, s.tables[0], n.low_unit[0], n.low_offset, to, ahead);
+      } else {
+        constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
+        byte_sums<BITS, kPositive, kFine, H, R>(part, data, first, last, n.high[0], n.unit, n.offset, to, ahead);
+        if (!n.has_low) return;
+        to.add = true;
+        byte_sums<BITS, false, kFine, H, R>(part, data, first, last, n.low[0], n.low_unit, n.low_offset, to, ahead);
       }
     });
   }
+}
+
+// Calls fn with the Rounding for a part's codes, their bits and whether tables serve them.
+template <bool kPositive, class Fn>
+inline void with_rule(const Half& part, const Fn& fn) {
+  const auto call = [&](auto bits, auto tables, auto fine) {
+    fn(Rounding<bits(), kPositive, tables(), fine()>(), bits, tables);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  constexpr std::integral_constant<int, 4> four;
+  constexpr std::false_type no;
+  constexpr std::true_type yes;
+  if constexpr (kHasLookup) if (part.tables) return call(one, yes, no);
+  if (part.bits == 1) return call(one, no, no);
+  if (part.bits == 2) return call(two, no, no);
+  part.group < 64 ? call(four, no, yes) : call(four, no, no);
 }
 
 // Scales of the rows: per-token keys (groups of channels).
 template <int BITS>
 inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
                          ptrdiff_t ahead, Scratch& s) {
-  using Rule = Rounding<BITS, false, false, true>;
+  using Rule = Rounding<BITS, false, false, false, true>;
   const int vectors = part.group * BITS / 32;
+  Numbers& n = s.numbers;
   for (int g = 0; g < part.groups; ++g) {
     const uint16_t* scale = part.scales(data) + g * part.rows;
     const uint16_t* zero = part.zeros(data) + g * part.rows;
@@ -503,28 +516,32 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
       const float* xg = x + row * stride + g * part.group;
-      Measured& m = s.measured;
-      measure<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, m.largest, m.square, m.offset);
-      round_rows<Rule, H>(xg, stride, part.group, part.group, nullptr, m.largest, m.square, m.offset, s);
-      const float* total = m.offset;  // without scales, the sum of x
+      measure_queries<Rule, H>(xg, stride, part.group, nullptr, 1, row, s.of_queries);
+      round_rows<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, s.of_queries, row, n);
+      float total[H];
+      repeat<H>([&](auto i) {
+        F sum_x = set(0);
+        for (int c = 0; c < part.group; c += kLanes) sum_x = sum_x + load(xg + i * stride + c);
+        total[i] = sum(sum_x);
+      });
       Result to = out.from(row);
       to.add |= g > 0;
       for (int block = 0; block < part.blocks; ++block) {
         I high[1][H], low[1][H];
         repeat<H>([&](auto i) { high[0][i] = low[0][i] = zero_int(); });
         const uint8_t* codes = data + block * part.block_bytes + g * vectors * 64;
-        multiply<BITS, false, H, 1>(high, codes, 0, vectors, s.high[0], ahead);
-        if (s.has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, s.low[0], ahead);
+        multiply<BITS, false, H, 1>(high, codes, 0, vectors, n.high[0], ahead);
+        if (n.has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, n.low[0], ahead);
         if (BITS == 1 && part.tail) {
-          multiply_tail<H>(high[0], part, data, block, s.high[0]);
-          if (s.has_low) multiply_tail<H>(low[0], part, data, block, s.low[0]);
+          multiply_tail<false, H>(high[0], part, data, block, n.high[0]);
+          if (n.has_low) multiply_tail<false, H>(low[0], part, data, block, n.low[0]);
         }
         const F sc = load_half(scale + block * kLanes);
         const F middle = fma(sc, set(Rule::kMiddle), load_half(zero + block * kLanes));
         repeat<H>([&](auto i) {
           // the codes' deviations from the middle of their range times x, then that middle times x
-          F deviation = fma(to_float(high[0][i]), set(s.unit[i]), set(s.offset[i] - total[i]));
-          if (s.has_low) deviation = deviation + fma(to_float(low[0][i]), set(s.low_unit[i]), set(s.low_offset[i]));
+          F deviation = fma(to_float(high[0][i]), set(n.unit[0][i]), set(n.offset[i] - total[i]));
+          if (n.has_low) deviation = deviation + fma(to_float(low[0][i]), set(n.low_unit[0][i]), set(n.low_offset[i]));
           to.put(i, block, fma(sc, deviation, middle * set(total[i])));
         });
       }
@@ -660,38 +677,30 @@ inline void unquantized(const Half& part, const uint8_t* data, const float* x, i
 // out[i][row] (+)= sum over columns of x[i][column] * value[row][column], for one half of a page.
 // `ahead` is the distance to the page that comes next, which is fetched meanwhile: the hardware
 // does not look beyond 4 KB.
-inline void keys_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, const Guess& guess,
-                       Result out, ptrdiff_t ahead, Scratch& s) {
-  const auto by_column = [&](auto bits, auto tables) {
-    codes_by_column<bits(), false, tables()>(part, data, x, stride, rows, guess, nullptr, out, ahead, s);
-  };
+inline void keys_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                       ptrdiff_t ahead, Scratch& s) {
   if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
-  if (part.tables) return by_column(std::integral_constant<int, 1>(), std::true_type());
   switch (part.row_scales ? -part.bits : part.bits) {
-    case 1: return by_column(std::integral_constant<int, 1>(), std::false_type());
-    case 2: return by_column(std::integral_constant<int, 2>(), std::false_type());
-    case 4: return by_column(std::integral_constant<int, 4>(), std::false_type());
     case 8: return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
     case -1: return codes_by_row<1>(part, data, x, stride, rows, out, ahead, s);
     case -2: return codes_by_row<2>(part, data, x, stride, rows, out, ahead, s);
     case -4: return codes_by_row<4>(part, data, x, stride, rows, out, ahead, s);
-    default: return eight_bits_by_row(part, data, x, stride, rows, out, ahead);
+    case -8: return eight_bits_by_row(part, data, x, stride, rows, out, ahead);
+    default:
+      with_rule<false>(part, [&](auto rule, auto bits, auto tables) {
+        codes_by_column<decltype(rule), bits(), tables()>(part, data, x, stride, rows, out, ahead, s);
+      });
   }
 }
 
-inline void values_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows,
-                         const Measured* measured, Result out, ptrdiff_t ahead, Scratch& s) {
-  const auto by_column = [&](auto bits, auto tables) {
-    codes_by_column<bits(), true, tables()>(part, data, x, stride, rows, {}, measured, out, ahead, s);
-  };
+// The same with weights, whose units are known where they meet codes.
+inline void values_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                         ptrdiff_t ahead, Scratch& s) {
   if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
-  if (part.tables) return by_column(std::integral_constant<int, 1>(), std::true_type());
-  switch (part.bits) {
-    case 1: return by_column(std::integral_constant<int, 1>(), std::false_type());
-    case 2: return by_column(std::integral_constant<int, 2>(), std::false_type());
-    case 4: return by_column(std::integral_constant<int, 4>(), std::false_type());
-    default: return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
-  }
+  if (part.bits == 8) return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
+  with_rule<true>(part, [&](auto rule, auto bits, auto tables) {
+    codes_by_column<decltype(rule), bits(), tables()>(part, data, x, stride, rows, out, ahead, s);
+  });
 }
 
 }  // namespace bitkv::BITKV_ISA

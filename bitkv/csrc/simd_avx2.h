@@ -59,20 +59,12 @@ inline float max(F x) {
   t = _mm_max_ps(t, _mm_movehl_ps(t, t));
   return _mm_cvtss_f32(_mm_max_ss(t, _mm_shuffle_ps(t, t, 1)));
 }
-// x - floor(x); 0 for -inf
-inline __m256 fraction(__m256 x) {
-  x = _mm256_max_ps(x, _mm256_set1_ps(-127));
-  return _mm256_sub_ps(x, _mm256_floor_ps(x));
+// a * 2^n, n being in the low bits of the float n
+inline __m256 times_power_of_two(__m256 a, __m256 n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(n), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a), exponent));
 }
-inline F fraction(F x) { return {fraction(x.a), fraction(x.b)}; }
-// a * 2^floor(x); too small is 0: below 2^-126 a float has no room in its exponent
-inline __m256 times_power_of_two(__m256 a, __m256 x) {
-  const __m256 whole = _mm256_floor_ps(_mm256_max_ps(x, _mm256_set1_ps(-127)));
-  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(127));
-  return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
-}
-inline F times_power_of_two(F a, F x) { return {times_power_of_two(a.a, x.a), times_power_of_two(a.b, x.b)}; }
-
+inline F times_power_of_two(F a, F n) { return {times_power_of_two(a.a, n.a), times_power_of_two(a.b, n.b)}; }
 inline F round_to_half(F x) {
   constexpr int mode = _MM_FROUND_TO_NEAREST_INT;
   return {_mm256_cvtph_ps(_mm256_cvtps_ph(x.a, mode)), _mm256_cvtph_ps(_mm256_cvtps_ph(x.b, mode))};
@@ -180,7 +172,7 @@ inline void store_bytes(void* p, B x) {
 }
 // acc + the bytes of each lane
 template <bool kUnsigned>
-inline I count(I acc, B x) {
+inline I add_bytes(I acc, B x) {
   const __m256i ones = _mm256_set1_epi8(1), words = _mm256_set1_epi16(1);
   const auto four = [&](__m256i v) {
     return _mm256_madd_epi16(kUnsigned ? _mm256_maddubs_epi16(v, ones) : _mm256_maddubs_epi16(ones, v), words);
@@ -188,58 +180,12 @@ inline I count(I acc, B x) {
   return {_mm256_add_epi32(acc.a, four(x.a)), _mm256_add_epi32(acc.b, four(x.b))};
 }
 
-// In each lane the sum of its group of four neighbours.
-inline __m256 sums_of_fours(__m256 x) {
-  const __m256 two = _mm256_add_ps(x, _mm256_permute_ps(x, 0xb1));
-  return _mm256_add_ps(two, _mm256_permute_ps(two, 0x4e));
-}
-inline F sums_of_fours(F x) { return {sums_of_fours(x.a), sums_of_fours(x.b)}; }
-
-// Lookups of unsigned bytes in tables of sixteen, and their sums in 16 bits: those of odd bytes, and
-// those of words, from which the even bytes' follow.
-struct W { B words, odd; };
-
-inline W zero_words() { const __m256i zero = _mm256_setzero_si256(); return {{zero, zero}, {zero, zero}}; }
-inline B load_table(const void* p) {
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(p)));
-  return {table, table};
-}
-inline B lookup(B table, B index) {
-  return {_mm256_shuffle_epi8(table.a, index.a), _mm256_shuffle_epi8(table.b, index.b)};
-}
-inline B add_bytes(B x, B y) { return {_mm256_add_epi8(x.a, y.a), _mm256_add_epi8(x.b, y.b)}; }
-inline W add_pairs(W acc, B x) {
-  acc.words = {_mm256_add_epi16(acc.words.a, x.a), _mm256_add_epi16(acc.words.b, x.b)};
-  acc.odd = {_mm256_add_epi16(acc.odd.a, _mm256_srli_epi16(x.a, 8)), _mm256_add_epi16(acc.odd.b, _mm256_srli_epi16(x.b, 8))};
-  return acc;
-}
-inline I words_to_int(__m256i x) {
-  return {_mm256_cvtepi16_epi32(_mm256_castsi256_si128(x)), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(x, 1))};
-}
-// sums of the bytes 2i, 2i + 1, 32 + 2i and 33 + 2i
-inline void separate(const W& acc, I (&rows)[4]) {
-  rows[0] = words_to_int(_mm256_sub_epi16(acc.words.a, _mm256_slli_epi16(acc.odd.a, 8)));
-  rows[1] = words_to_int(acc.odd.a);
-  rows[2] = words_to_int(_mm256_sub_epi16(acc.words.b, _mm256_slli_epi16(acc.odd.b, 8)));
-  rows[3] = words_to_int(acc.odd.b);
-}
-// four tables from sixteen numbers: byte e of a table is `bias` and those of its four that e has bits for
-inline void choices_of_four(const int8_t* numbers, int bias, uint8_t* tables) {
-  const __m256i x = load_table(numbers).a;
-  const __m256i entry = _mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7,
-                                         8, 9, 10, 11, 12, 13, 14, 15);
-  for (int half = 0; half < 2; ++half) {
-    __m256i sum = _mm256_set1_epi8(char(bias));
-    for (int k = 0; k < 4; ++k) {
-      const int first = 0x01010101 * (8 * half + k), second = first + 0x04040404;
-      const __m256i at = _mm256_setr_epi32(first, first, first, first, second, second, second, second);
-      const __m256i bit = _mm256_set1_epi8(char(1 << k));
-      const __m256i chosen = _mm256_cmpeq_epi8(_mm256_and_si256(entry, bit), bit);
-      sum = _mm256_add_epi8(sum, _mm256_and_si256(_mm256_shuffle_epi8(x, at), chosen));
-    }
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(tables + 32 * half), sum);
-  }
-}
+// Lookups in 64 bytes are for AVX-512; what uses them is never made here and needs but names.
+constexpr bool kHasLookup = false;
+F sums_of_quads(F);
+B entries(B);
+B lookup(B, B);
+void choices_of_quads(const int8_t*, uint8_t*);
 
 inline void sums(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = sum(x[i]); }
 inline void maxima(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = max(x[i]); }

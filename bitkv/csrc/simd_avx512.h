@@ -40,10 +40,10 @@ inline F select_less(F a, F b, F x, F y) {
 }
 inline float sum(F a) { return _mm512_reduce_add_ps(a.v); }
 inline float max(F a) { return _mm512_reduce_max_ps(a.v); }
-// x - floor(x); 0 for -inf
-inline F fraction(F a) { return {_mm512_reduce_ps(a.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}; }
-// a * 2^floor(x); too small is 0
-inline F times_power_of_two(F a, F x) { return {_mm512_scalef_ps(a.v, x.v)}; }
+// a * 2^n, n being in the low bits of the float n
+inline F times_power_of_two(F a, F n) {
+  return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(a.v), _mm512_slli_epi32(_mm512_castps_si512(n.v), 23)))};
+}
 inline F round_to_half(F a) {  // to what float16 can hold
   return {_mm512_cvtph_ps(_mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT))};
 }
@@ -119,55 +119,43 @@ inline B pack(I a, I b, I c, I d) {
 inline void store_bytes(void* p, B a) { _mm512_storeu_si512(p, a.v); }
 // acc + the bytes of each lane
 template <bool kUnsigned>
-inline I count(I acc, B a) {
+inline I add_bytes(I acc, B a) {
   const __m512i ones = _mm512_set1_epi8(1);
-  return {kUnsigned ? _mm512_dpbusd_epi32(acc.v, a.v, ones) : _mm512_dpbusd_epi32(acc.v, ones, a.v)};
-}
-
-// In each lane the sum of its group of four neighbours.
-inline F sums_of_fours(F a) {
-  const F two = a + F{_mm512_permute_ps(a.v, 0xb1)};
-  return two + F{_mm512_permute_ps(two.v, 0x4e)};
-}
-
-// Lookups of unsigned bytes in tables of sixteen, and their sums in 16 bits: those of odd bytes, and
-// those of words, from which the even bytes' follow.
-struct W { __m512i words, odd; };
-
-inline W zero_words() { return {_mm512_setzero_si512(), _mm512_setzero_si512()}; }
-inline B load_table(const void* p) {
-  return {_mm512_broadcast_i32x4(_mm_loadu_si128(static_cast<const __m128i*>(p)))};
-}
-inline B lookup(B table, B index) { return {_mm512_shuffle_epi8(table.v, index.v)}; }
-inline B add_bytes(B a, B b) { return {_mm512_add_epi8(a.v, b.v)}; }
-inline W add_pairs(W acc, B x) {
-  const __m512i odd = _mm512_srli_epi16(x.v, 8);
-  asm("vpaddw %1, %0, %0" : "+v"(acc.words) : "v"(x.v));  // in assembly as in `dot`
-  asm("vpaddw %1, %0, %0" : "+v"(acc.odd) : "v"(odd));
+  if constexpr (kUnsigned) asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(ones));
+  else asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(ones), "v"(a.v));
   return acc;
 }
-// sums of the bytes 2i, 2i + 1, 32 + 2i and 33 + 2i
-inline void separate(const W& acc, I (&rows)[4]) {
-  const __m512i even = _mm512_sub_epi16(acc.words, _mm512_slli_epi16(acc.odd, 8));
-  rows[0].v = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(even));
-  rows[1].v = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(acc.odd));
-  rows[2].v = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(even, 1));
-  rows[3].v = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(acc.odd, 1));
+
+// Quads: columns k, 4 + k, 8 + k and 12 + k of sixteen, whose 1-bit codes are neighbours in a byte.
+// Their sums, each where each of the four was.
+inline F sums_of_quads(F a) {
+  const F two = a + F{_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  return two + F{_mm512_shuffle_f32x4(two.v, two.v, 0x4e)};
 }
-// four tables from sixteen numbers: byte e of a table is `bias` and those of its four that e has bits for
-inline void choices_of_four(const int8_t* numbers, int bias, uint8_t* tables) {
-  const __m512i x = load_table(numbers).v;
-  const __m512i quarter = _mm512_set_epi32(0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x08080808, 0x08080808,
-                                           0x08080808, 0x08080808, 0x04040404, 0x04040404, 0x04040404, 0x04040404,
-                                           0, 0, 0, 0);
+// From sixteen numbers the tables of their quads, sixteen bytes each: entry e is the sum of those e has bits for.
+inline void choices_of_quads(const int8_t* numbers, uint8_t* tables) {
+  const __m512i x = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(numbers)));
+  const __m512i quad = _mm512_set_epi32(0x03030303, 0x03030303, 0x03030303, 0x03030303, 0x02020202, 0x02020202,
+                                        0x02020202, 0x02020202, 0x01010101, 0x01010101, 0x01010101, 0x01010101,
+                                        0, 0, 0, 0);
   const __m512i entry = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-  __m512i sum = _mm512_set1_epi8(char(bias));
-  for (int k = 0; k < 4; ++k) {
-    const __m512i number = _mm512_shuffle_epi8(x, _mm512_add_epi8(quarter, _mm512_set1_epi8(char(k))));
-    const __mmask64 chosen = _mm512_test_epi8_mask(entry, _mm512_set1_epi8(char(1 << k)));
-    sum = _mm512_mask_add_epi8(sum, chosen, sum, number);
+  __m512i sum[4];
+  for (int p = 0; p < 4; ++p) {
+    const __mmask64 chosen = _mm512_test_epi8_mask(entry, _mm512_set1_epi8(char(1 << p)));
+    sum[p] = _mm512_maskz_shuffle_epi8(chosen, x, _mm512_add_epi8(quad, _mm512_set1_epi8(char(4 * p))));
   }
-  _mm512_storeu_si512(tables, sum);
+  _mm512_storeu_si512(tables, _mm512_add_epi8(_mm512_add_epi8(sum[0], sum[1]), _mm512_add_epi8(sum[2], sum[3])));
+}
+// where the low nibble of each byte points in four tables, one for each byte of a lane
+constexpr bool kHasLookup = true;
+inline B entries(B a) {
+  const __m512i mask = _mm512_set1_epi8(15), table = _mm512_set1_epi32(0x30201000);
+  return {_mm512_ternarylogic_epi32(a.v, mask, table, 0xea)};  // (a & mask) | table
+}
+inline B lookup(B tables, B index) {  // VBMI, which not every CPU with VNNI has; hence assembly
+  B r;
+  asm("vpermb %1, %2, %0" : "=v"(r.v) : "v"(tables.v), "v"(index.v));
+  return r;
 }
 
 // The sums, or largest lanes, of four vectors at once.

@@ -70,15 +70,10 @@ inline float sum(const F& a) {
   return s[0];
 }
 inline float max(const F& a) { return *std::max_element(a.v, a.v + kLanes); }
-// x - floor(x); 0 for -inf
-inline F fraction(const F& a) {
-  return each<F>([&](int i) { const float x = a.v[i] > -127 ? a.v[i] : -127.0f; return x - std::floor(x); });
-}
-// a * 2^floor(x); too small is 0: below 2^-126 a float has no room in its exponent
-inline F times_power_of_two(const F& a, const F& x) {
+// a * 2^n, n being in the low bits of the float n
+inline F times_power_of_two(const F& a, const F& n) {
   return each<F>([&](int i) {
-    const int exponent = int(std::floor(x.v[i] > -127 ? x.v[i] : -127.0f)) + 127;
-    return a.v[i] * std::bit_cast<float>(uint32_t(exponent) << 23);
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(a.v[i]) + (std::bit_cast<uint32_t>(n.v[i]) << 23));
   });
 }
 inline F round_to_half(const F& a) { return each<F>([&](int i) { return half_to_float(float_to_half(a.v[i])); }); }
@@ -133,64 +128,28 @@ inline B pack(const I& a, const I& b, const I& c, const I& d) {
   return load_bytes(bytes);
 }
 inline void store_bytes(void* p, const B& a) { std::memcpy(p, a.v, sizeof a.v); }
+// byte k of each lane, as uint8 or int8
+template <bool kUnsigned>
+inline int byte_of(uint32_t lane, int k) {
+  const uint32_t byte = (lane >> (8 * k)) & 255;
+  return kUnsigned ? int(byte) : int(int8_t(byte));
+}
 // acc + the bytes of each lane
 template <bool kUnsigned>
-inline I count(const I& acc, const B& a) {
+inline I add_bytes(const I& acc, const B& a) {
   return each<I>([&](int i) {
     int total = acc.v[i];
-    for (int k = 0; k < 4; ++k) {
-      const uint32_t byte = (a.v[i] >> (8 * k)) & 255;
-      total += kUnsigned ? int(byte) : int(int8_t(byte));
-    }
+    for (int k = 0; k < 4; ++k) total += byte_of<kUnsigned>(a.v[i], k);
     return total;
   });
 }
 
-// In each lane the sum of its group of four neighbours.
-inline F sums_of_fours(const F& a) {
-  return each<F>([&](int i) { const float* p = a.v + i / 4 * 4; return (p[0] + p[1]) + (p[2] + p[3]); });
-}
-
-// Lookups of bytes in tables of sixteen, and their sums.
-struct W { int32_t v[64]; };
-
-inline W zero_words() { return {}; }
-inline B load_table(const void* p) {
-  B r;
-  for (int i = 0; i < 4; ++i) std::memcpy(r.v + 4 * i, p, 16);
-  return r;
-}
-template <class Fn>
-inline B each_byte(const B& a, const B& b, Fn fn) {
-  uint8_t x[64], y[64], z[64];
-  std::memcpy(x, a.v, 64), std::memcpy(y, b.v, 64);
-  for (int i = 0; i < 64; ++i) z[i] = uint8_t(fn(x[i], y[i], x));
-  return load_bytes(z);
-}
-inline B lookup(const B& table, const B& index) {
-  return each_byte(table, index, [](uint8_t, uint8_t i, const uint8_t* entries) { return entries[i]; });
-}
-inline B add_bytes(const B& a, const B& b) {
-  return each_byte(a, b, [](uint8_t x, uint8_t y, const uint8_t*) { return x + y; });
-}
-inline W add_pairs(W acc, const B& x) {
-  uint8_t bytes[64];
-  std::memcpy(bytes, x.v, 64);
-  for (int i = 0; i < 64; ++i) acc.v[i] += bytes[i];
-  return acc;
-}
-// sums of the bytes 2i, 2i + 1, 32 + 2i and 33 + 2i
-inline void separate(const W& acc, I (&rows)[4]) {
-  for (int r = 0; r < 4; ++r) rows[r] = each<I>([&](int i) { return acc.v[32 * (r / 2) + 2 * i + r % 2]; });
-}
-// four tables from sixteen numbers: byte e of a table is `bias` and those of its four that e has bits for
-inline void choices_of_four(const int8_t* numbers, int bias, uint8_t* tables) {
-  for (int i = 0; i < 64; ++i) {
-    int sum = bias;
-    for (int k = 0; k < 4; ++k) sum += (i >> k & 1) * numbers[i / 16 * 4 + k];
-    tables[i] = uint8_t(sum);
-  }
-}
+// Lookups in 64 bytes are for AVX-512; what uses them is never made here and needs but names.
+constexpr bool kHasLookup = false;
+F sums_of_quads(F);
+B entries(B);
+B lookup(B, B);
+void choices_of_quads(const int8_t*, uint8_t*);
 
 inline void sums(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = sum(x[i]); }
 inline void maxima(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = max(x[i]); }

@@ -57,7 +57,7 @@ def _recorder(requests: list[AttentionRequest]) -> Iterator[None]:
     """A backend that attends as the reference does and keeps the newest queries of each call."""
 
     def run(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-        q, positions = request.q[:, :, -NUM_QUERIES:].float(), request.positions[:, -NUM_QUERIES:]
+        q, positions = request.q[:, :, -NUM_QUERIES:].float(), request.last_seen[:, -NUM_QUERIES:]
         requests.append(dataclasses.replace(request, q=q, positions=positions))
         return attend(request)
 

@@ -151,9 +151,10 @@ void attend_once(const Kernels& kernels) {
     for (int i = 0; i < r.queries; ++i)
       positions[size_t(b) * r.queries + i] = below(packed_len[b] + hot_len[b] + 10) - 1;
 
-  r.q = q.get(), r.out = out.get(), r.lse = lse.get(), r.positions = positions.get();
+  r.q = q.get(), r.out = out.get(), r.lse = lse.get(), r.positions = below(2) ? positions.get() : nullptr;
   r.pages = pool.get(), r.block_table = table.get(), r.packed_len = packed_len.get();
   r.hot_k = hot_k.get(), r.hot_v = hot_v.get(), r.hot_len = hot_len.get();
+  r.lookups = kernels.lookups;
   kernels.attend(r);
 
   for (size_t i = 0; i < size; ++i)
@@ -208,7 +209,8 @@ int main(int argc, char** argv) {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     all.push_back(&kAvx2);
 #if defined(WITH_AVX512)
-  all.push_back(&kAvx512);
+  if (__builtin_cpu_supports("avx512vbmi")) all.push_back(&kAvx512);
+  all.push_back(&kAvx512Vnni);
 #endif
 #endif
   for (const Kernels* kernels : all) {
