@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from bitkv.pages import WORD_BITS, PageFormat, PartFormat
 
+TILE = 32  # rows: larger tiles of codes keep more words in registers than there are
+
 
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n rows or words; tensor cores want 16."""
@@ -16,9 +18,9 @@ class Tiling:
     """One half of a page of the layout "strided": 16-bit words `[rows / folds, words]`, cut into tiles.
 
     A word holds `slots` codes of each of `folds` rows: code `fold * slots + slot` of word w in row r is
-    column `slot * words + w` of row `fold * rows / folds + r`. A tile is rows of codes that share their
-    scales; tiles are numbered as their rows are, so that tile t has fold `t // tiles` of the words in
-    the rows of tile `t % tiles`. Unquantized values are their own words.
+    column `slot * words + w` of row `fold * rows / folds + r`. A tile is a few rows of codes that share
+    their scales; tiles are numbered as their rows are, so that tile t has fold `t // tiles` of the words
+    in the rows of tile `t % tiles`. Unquantized values are their own words.
 
     Args:
         bits, rows, columns: of the codes.
@@ -47,7 +49,7 @@ class Tiling:
         slots = 1 if part.is_raw else WORD_BITS // (part.bits * part.folds)
         by_row = part.site == "key" and part.granularity == "token"
         rows = part.rows // part.folds
-        tile = rows if part.is_raw or by_row else math.gcd(part.group_size, rows)
+        tile = rows if part.is_raw or by_row else math.gcd(part.group_size, rows, TILE)
         return Tiling(
             bits=part.bits,
             rows=part.rows,
@@ -80,6 +82,10 @@ class Tiling:
         return power_of_two(self.words)
 
     @property
+    def padded_columns(self) -> int:
+        return power_of_two(self.columns)
+
+    @property
     def groups(self) -> int:
         """Groups along rows, or along columns where each row has scales of its own."""
         return (self.columns if self.by_row else self.rows) // self.group
@@ -97,6 +103,11 @@ class Tiling:
         half as much as a scaled query does.
         """
         return self.bits == 1 and self.group > 32 and not self.by_row
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all tiles have the same scales and the same unit."""
+        return self.groups == 1 and self.folds <= 2
 
     def scale_at(self, group: int, slot: int = 0) -> int:
         """Bytes before the scales of a group, or those that a slot's columns have there."""
@@ -134,6 +145,7 @@ class Variant:
 
     Args:
         columns: queries of a tile.
+        causal: whether queries are the newest tokens and see those up to their own.
         window, softcap: whether there is one.
         assembly: whether codes are masked by inline assembly of NVIDIA's.
         interpreted: whether Triton's interpreter runs the kernel.
@@ -142,6 +154,7 @@ class Variant:
     keys: Tiling
     values: Tiling
     columns: int
+    causal: bool
     window: bool
     softcap: bool
     assembly: bool
@@ -151,12 +164,20 @@ class Variant:
 
     @staticmethod
     def of(
-        form: PageFormat, columns: int, *, window: bool, softcap: bool, assembly: bool, interpreted: bool
+        form: PageFormat,
+        columns: int,
+        *,
+        causal: bool,
+        window: bool,
+        softcap: bool,
+        assembly: bool,
+        interpreted: bool,
     ) -> "Variant":
         return Variant(
             Tiling.of(form.key),
             Tiling.of(form.value),
             columns,
+            causal,
             window,
             softcap,
             assembly,

@@ -136,7 +136,7 @@ def _attend(
     hot_k: Tensor,
     hot_v: Tensor,
     hot_len: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     key: Sequence[int],
     value: Sequence[int],
     num_sink_tokens: int,
@@ -147,6 +147,7 @@ def _attend(
     """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
 
     Args:
+        positions: as in `AttentionRequest`.
         key, value: `PartFormat.numbers` of the two halves of a page.
         window: `2**30` for none.
         softcap: 0 for none.
@@ -166,6 +167,7 @@ def _attend(
     if not rows:
         return out, lse
     ratio = heads // kv_heads
+    last = hot_len.unsqueeze(1) if positions is None else positions  # where it is None, nobody looks
     chosen = launch_of(form, ratio * count, amd=torch.version.hip is not None)
     grid = kv_heads * -(-ratio * count // chosen.columns), batch
     slots = _processors(q.device) * chosen.programs
@@ -180,6 +182,7 @@ def _attend(
     variant = Variant.of(
         form,
         chosen.columns,
+        causal=positions is None,
         window=window < _EVERY_TOKEN,
         softcap=softcap > 0,
         assembly=q.is_cuda and torch.version.hip is None,
@@ -188,8 +191,8 @@ def _attend(
     with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
         kernels.attend_kernel[splits, *grid](
             Queries(
-                *(q, positions, q.stride(0), q.stride(1), q.stride(2)),
-                *(positions.stride(0), positions.stride(1), ratio, count),
+                *(q, last, q.stride(0), q.stride(1), q.stride(2)),
+                *(last.stride(0), last.stride(1), ratio, count),
             ),
             Cache(
                 *(pages, block_table, packed_len, hot_k, hot_v, hot_len),

@@ -60,10 +60,10 @@ def _stack_rows(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _zeros(COUNT: tl.constexpr, SHAPE: tl.constexpr):
+def _repeat(x, COUNT: tl.constexpr):
     tiles = ()
     for _ in tl.static_range(COUNT):
-        tiles = tiles + (tl.zeros(SHAPE, tl.float32),)
+        tiles = tiles + (x,)
     return tiles
 
 
@@ -126,6 +126,13 @@ def _lost(q, scale, product, F: tl.constexpr):
 
 
 @triton.jit
+def _sum_product(numbers, x, F: tl.constexpr):
+    """`sum(numbers[:, None] * x, 0)` in every row of `[16, columns]`, of exact products."""
+    a = tl.broadcast_to(numbers[None, :], (16, numbers.shape[0]))
+    return _dot(a, x, tl.full((16, F.columns), 0.0, tl.float32), F)
+
+
+@triton.jit
 def _channel_scores(part, q, factor, F: tl.constexpr):
     """`_page_scores` where each channel has a scale for every group of tokens."""
     K: tl.constexpr = F.keys
@@ -137,27 +144,37 @@ def _channel_scores(part, q, factor, F: tl.constexpr):
     for i in tl.static_range(TILES):
         words = words + (_load_words(part, i, K, tl.int16),)
     for g in tl.static_range(GROUPS):
-        scaled, rest, shift = (), (), tl.zeros((F.columns,), tl.float32)
+        scaled, rest, lost = (), (), tl.full((16, F.columns), 0.0, tl.float32)
         for j in tl.static_range(SLOTS):
             scale = _load_numbers(part, K.scale_at(g, j), K.words, K.padded_words)
-            zero = _load_numbers(part, K.zero_at(g, j), K.words, K.padded_words)
             rounded = q[j] * scale[:, None]
-            lost = _lost(q[j], scale, rounded, F)
-            product = q[j].to(tl.float32) * zero.to(tl.float32)[:, None]
-            if not K.two_terms:
-                product += lost.to(tl.float32) * K.middle
-            shift += tl.sum(product, 0) * K.slot_unit(j)
-            scaled, rest = scaled + (rounded,), rest + (lost,)
+            scaled = scaled + (rounded,)
+            if K.two_terms:
+                rest = rest + (_lost(q[j], scale, rounded, F),)
+            else:
+                lost -= _sum_product(tl.full(scale.shape, 1.0, tl.float16), rounded, F) * K.slot_unit(j)
+        zero = _load_numbers(part, K.zero_at(g), K.columns, K.padded_columns)
+        shift = _sum_product(zero, q[SLOTS], F)
+        if not K.two_terms:
+            scale = _load_numbers(part, K.scale_at(g), K.columns, K.padded_columns)
+            shift += (lost + _sum_product(scale, q[SLOTS], F)) * K.middle
+        shift = tl.max(shift, 0)
         for t in tl.static_range(ALL_TILES):
             if K.group_of(t) == g:
-                acc = tl.zeros((K.tile, F.columns), tl.float32)
+                acc = tl.full((K.tile, F.columns), 0.0, tl.float32)
                 for j in tl.static_range(SLOTS):
                     code = _codes(words[t % K.tiles], K.position(t, j), K.bits, F)
                     acc = _dot(code, scaled[j], acc, F)
                     if K.two_terms:
                         acc = _dot(code, rest[j], acc, F)
-                tiles = tiles + (acc * (factor / K.tile_unit(t))[None, :] + (shift * factor)[None, :],)
-    return _stack_rows(tiles, 0, K.all_tiles)
+                if F.softcap or not K.uniform:
+                    acc = acc * (factor / K.tile_unit(t))[None, :] + (shift * factor)[None, :]
+                tiles = tiles + (acc,)
+    scores = _stack_rows(tiles, 0, K.all_tiles)
+    if K.uniform and not F.softcap:
+        return scores, factor / K.tile_unit(0), shift * factor
+    else:
+        return scores, tl.full((F.columns,), 1.0, tl.float32), 0.0
 
 
 @triton.jit
@@ -168,16 +185,16 @@ def _token_scores(part, q, factor, F: tl.constexpr):
     SLOTS: tl.constexpr = K.slots
     GROUPS: tl.constexpr = K.groups
     words = _load_words(part, 0, K, tl.int16)
-    scores = tl.zeros((K.rows, F.columns), tl.float32)
+    scores = tl.full((K.rows, F.columns), 0.0, tl.float32)
     for g in tl.static_range(GROUPS):
-        mine, tiles, total = (), (), tl.zeros((F.columns,), tl.float32)
+        mine, tiles, total = (), (), tl.full((F.columns,), 0.0, tl.float32)
         for j in tl.static_range(SLOTS):  # queries, zero outside of the group's channels
             channel = j * K.words + tl.arange(0, K.padded_words)
             inside = (channel >= g * K.group) & (channel < (g + 1) * K.group)
             mine = mine + (tl.where(inside[:, None], q[j], 0.0).to(tl.float16),)
             total += tl.sum(mine[j].to(tl.float32), 0) * K.slot_unit(j)
         for t in tl.static_range(FOLDS):
-            acc = tl.zeros((K.tile, F.columns), tl.float32)
+            acc = tl.full((K.tile, F.columns), 0.0, tl.float32)
             for j in tl.static_range(SLOTS):
                 if K.meets(j, g):
                     acc = _dot(_codes(words, K.position(t, j), K.bits, F), mine[j], acc, F)
@@ -186,20 +203,20 @@ def _token_scores(part, q, factor, F: tl.constexpr):
         zero = _load_numbers(part, K.zero_at(g), K.rows, K.rows)
         scores += _stack_rows(tiles, 0, K.folds) * scale.to(tl.float32)[:, None]
         scores += zero.to(tl.float32)[:, None] * (total * factor)[None, :]
-    return scores
+    return scores, tl.full((F.columns,), 1.0, tl.float32), 0.0
 
 
 @triton.jit
 def _page_scores(page, q, factor, RAW: tl.constexpr, F: tl.constexpr):
-    """Inner products `[page_size, columns]` of keys and queries, times `factor` `[columns]`.
+    """Scores of a page's tokens, as `s, a, b` that make them `a * s + b`: `s` is `[page_size, columns]`.
 
     Args:
         page: pointer to the page's bytes.
-        q: queries for each slot of keys, see `_prepare_queries`.
+        q, factor: queries for each slot of keys and a factor `[columns]`, see `_prepare_queries`.
     """
     if F.keys.is_raw:
-        acc = tl.zeros((F.page_size, F.columns), tl.float32)
-        return _dot(_load_words(page, 0, F.keys, RAW), q[0], acc, F) * factor[None, :]
+        acc = tl.full((F.page_size, F.columns), 0.0, tl.float32)
+        return _dot(_load_words(page, 0, F.keys, RAW), q[0], acc, F), factor, 0.0
     elif F.keys.by_row:
         return _token_scores(page, q, factor, F)
     else:
@@ -227,10 +244,14 @@ def _add_values(part, p, acc, shift, RAW: tl.constexpr, F: tl.constexpr):
         scale = _load_numbers(part, V.scale_at(g), V.columns, V.columns)
         zero = _load_numbers(part, V.zero_at(g), V.columns, V.columns)
         middle = zero.to(tl.float32) + V.middle * scale.to(tl.float32)
-        scaled = (p * scale.to(tl.float32)[:, None]).to(tl.float16)
-        product = p * middle[:, None] - scaled.to(tl.float32) * V.middle
-        shifts = shifts + (shift[g] + tl.sum(product, 0),)
-        weights = weights + (_split_rows(scaled, V.slots),)
+        rounded = _split_rows((p * scale.to(tl.float32)[:, None]).to(tl.float16), V.slots)
+        sum_of_rounded = tl.full((16, F.columns), 0.0, tl.float32)
+        for j in tl.static_range(SLOTS):
+            ones = tl.full((16, V.words), 1.0, tl.float16)
+            sum_of_rounded = _dot(ones, rounded[j], sum_of_rounded, F)
+        lost = tl.sum(p * middle[:, None], 0) - tl.max(sum_of_rounded, 0) * V.middle
+        shifts = shifts + (shift[g] + lost,)
+        weights = weights + (rounded,)
     for t in tl.static_range(ALL_TILES):
         total = acc[t]
         for j in tl.static_range(SLOTS):
@@ -263,8 +284,8 @@ def _hide(s, token, last, window, F: tl.constexpr):
 
 
 @triton.jit
-def _weigh(s, high, total):
-    """One step of online softmax over scores `[tokens, columns]`.
+def _weigh(s, a, b, high, total):
+    """One step of online softmax over scores `a * s + b` `[tokens, columns]`, where a > 0.
 
     Args:
         high, total: greatest score and sum of weights so far, `[columns]`.
@@ -272,9 +293,10 @@ def _weigh(s, high, total):
     Returns:
         Weights `[tokens, columns]`, the new `high` and `total`, what to multiply older sums with.
     """
-    top = tl.maximum(high, tl.max(s, 0))
+    top = tl.maximum(high, tl.max(s, 0) * a + b)
     base = tl.where(top == float("-inf"), 0.0, top)  # of a column that has seen no token
-    p = tl.exp2(s - (base - HEADROOM)[None, :])
+    shift = b - (base - HEADROOM)
+    p = tl.exp2(s * a[None, :] + shift[None, :])
     decay = tl.exp2(high - base)
     return p, top, total * decay + tl.sum(p, 0), decay
 
@@ -291,8 +313,9 @@ def _load_queries(q, real, SLOT: tl.constexpr, K: tl.constexpr):
 def _prepare_queries(q, real, factor, RAW: tl.constexpr, F: tl.constexpr):
     """Queries for each slot of keys `[words, columns]`, and the factor of their products `[columns]`.
 
-    For codes, each query is scaled by a power of two that brings its largest channel into [16, 32):
-    a product with a scale then fits float16 whatever the query's size, up to scales of 2**11.
+    The factor is positive: queries take the sign of a negative one. For codes, each query is scaled by
+    a power of two that brings its largest channel into [16, 32): a product with a scale then fits
+    float16 whatever the query's size, up to scales of 2**11. The last tile is all channels.
 
     Args:
         q: pointers to the first channel of each column's query, `[columns]`.
@@ -300,19 +323,25 @@ def _prepare_queries(q, real, factor, RAW: tl.constexpr, F: tl.constexpr):
     """
     K: tl.constexpr = F.keys
     SLOTS: tl.constexpr = K.slots
+    sign = tl.where(factor < 0, -1.0, 1.0)
+    # never 0, which would make hidden scores NaN
+    factor = tl.maximum(tl.full((F.columns,), tl.abs(factor), tl.float32), 1e-30)
+    tiles = ()
     if K.is_raw:
-        return (_narrow(_load_queries(q, real, 0, K), RAW, F),), tl.where(real, factor, 0.0)
+        return (_narrow(_load_queries(q, real, 0, K) * sign, RAW, F),), factor
     else:
-        largest = tl.zeros((F.columns,), tl.float32)
+        largest = tl.full((F.columns,), 0.0, tl.float32)
         for j in tl.static_range(SLOTS):
             largest = tl.maximum(largest, tl.max(tl.abs(_load_queries(q, real, j, K)), 0))
         power = largest.to(tl.int32, bitcast=True) & 0x7F800000
         unit = tl.where(power == 0, 1.0, power.to(tl.float32, bitcast=True) / 16)
-        tiles = ()
         for j in tl.static_range(SLOTS):
-            tile = _load_queries(q, real, j, K) / (unit * K.slot_unit(j))[None, :]
+            tile = _load_queries(q, real, j, K) * (sign / (unit * K.slot_unit(j)))[None, :]
             tiles = tiles + (tile.to(tl.float16),)
-        return tiles, factor * unit
+        channel = tl.arange(0, K.padded_columns)
+        mask = (channel < K.columns)[:, None] & real[None, :]
+        whole = tl.load(q[None, :] + channel[:, None], mask=mask, other=0) * (sign / unit)[None, :]
+        return tiles + (whole.to(tl.float16),), factor * unit
 
 
 @triton.jit
@@ -332,18 +361,22 @@ def _attend_pages(
     pages, stride = base
     first, stop = span
     high = tl.full((F.columns,), float("-inf"), tl.float32)
-    total = tl.zeros((F.columns,), tl.float32)
-    acc = _zeros(V.all_tiles, (V.padded_tile, F.columns))
-    shift = _zeros(V.groups, (F.columns,))
+    total = tl.full((F.columns,), 0.0, tl.float32)
+    acc = _repeat(tl.full((V.padded_tile, F.columns), 0.0, tl.float32), V.all_tiles)
+    shift = _repeat(total, V.groups)
     number = tl.load(table + first, mask=first < stop, other=0)
     for i in range(first, stop):
         page = pages + number.to(tl.int64) * stride
         number = tl.load(table + i + 1, mask=i + 1 < stop, other=0)  # now: its page waits for it
-        s = _soften(_page_scores(page, tiles, factor, RAW, F), score.softcap, F)
+        s, a, b = _page_scores(page, tiles, factor, RAW, F)
+        if F.softcap:
+            if F.keys.is_raw:
+                s = s * a[None, :]
+            s, a, b = _soften(s, score.softcap, F), tl.full((F.columns,), 1.0, tl.float32), 0.0
         token = first_token + i * F.page_size
         if (token + F.page_size - 1 > low) | (token < full):  # most pages are seen by all, entirely
             s = _hide(s, token + tl.arange(0, F.page_size), last, score.window, F)
-        p, high, total, decay = _weigh(s, high, total)
+        p, high, total, decay = _weigh(s, a, b, high, total)
         acc = _scale(acc, decay[None, :], V.all_tiles)
         values = page + F.value_offset
         if V.is_raw:
@@ -376,9 +409,10 @@ def _attend_hot(slot, bounds, k_rows, v_rows, q, last, score, state, F: tl.const
     k = tl.load(k_rows[:, None] + channel[None, :], mask=real[:, None] & inside[None, :], other=0)
     x = tl.load(q[None, :] + channel[:, None], mask=inside[:, None] & (last >= 0)[None, :], other=0)
     x = _narrow(x.to(tl.float32), k.dtype, F)
-    s = _dot(k, x, tl.zeros((slot.shape[0], F.columns), tl.float32), F)
+    s = _dot(k, x, tl.full((slot.shape[0], F.columns), 0.0, tl.float32), F)
     s = _hide(_soften(s * score.factor, score.softcap, F), token, last, score.window, F)
-    p, high, total, decay = _weigh(tl.where(real[:, None], s, float("-inf")), high, total)
+    s, ones = tl.where(real[:, None], s, float("-inf")), tl.full((F.columns,), 1.0, tl.float32)
+    p, high, total, decay = _weigh(s, ones, 0.0, high, total)
     sums = ()
     for t in tl.static_range(ALL_TILES):
         i = tl.arange(0, V.padded_tile)[:, None]
@@ -437,11 +471,14 @@ def attend_kernel(queries, cache, score, result, F: tl.constexpr):
     real, query = column < rows, column % queries.length
     q_head = head * queries.ratio + column // queries.length
     q = queries.q + b * queries.stride_b + q_head * queries.stride_h + query * queries.stride_t
-    at = b * queries.last_stride_b + query * queries.last_stride_t
-    last = tl.load(queries.positions + at, mask=real, other=-1).to(tl.int32)
     tiles, factor = _prepare_queries(q, real, score.factor, cache.hot_k.dtype.element_ty, F)
 
     packed, count = tl.load(cache.packed_len + b), tl.load(cache.hot_len + b)
+    if F.causal:
+        last = tl.where(real, packed + count - queries.length + query, -1)
+    else:
+        at = b * queries.last_stride_b + query * queries.last_stride_t
+        last = tl.load(queries.positions + at, mask=real, other=-1).to(tl.int32)
     span, limits = _visible_pages(last, real, packed, cache.sinks, score.window, F)
     share = tl.cdiv(span[1] - span[0], tl.num_programs(0))
     first = span[0] + split * share
@@ -495,7 +532,7 @@ def merge_kernel(
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     high, total = float("-inf"), 0.0
-    acc = tl.zeros((CHANNELS,), tl.float32)
+    acc = tl.full((CHANNELS,), 0.0, tl.float32)
     for first in range(0, splits, SPLITS):
         split = first + tl.arange(0, SPLITS)
         weight = tl.load(part_lse + split * rows + row, mask=split < splits, other=float("-inf"))
