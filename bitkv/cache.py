@@ -27,8 +27,8 @@ class PagedCache:
         recipe: a `Recipe` or its text.
         num_layers: layers of the model; a layer that never gets tokens costs nothing.
         layout: order of codes inside pages; see `PagedLayer`.
-        max_tokens: take room for so many tokens a sequence at once, on a GPU; layers are then
-            `StaticLayer`s, whose step can be replayed as a CUDA graph. By default layers grow.
+        max_tokens: take room for so many tokens a sequence at once; layers are then `StaticLayer`s,
+            whose step can be compiled, or replayed as a CUDA graph. By default layers grow.
 
     Raises:
         ValueError: a text that names no recipe.

@@ -18,12 +18,14 @@ from bitkv.cache import PagedCache
 from bitkv.codecs import Affine, Codec, Unquantized
 from bitkv.layer import PagedLayer
 from bitkv.static import StaticLayer
+from bitkv.static.operator import why_not
 
 pytest.importorskip("triton", reason="kernels for GPUs need Triton")
 
 HEADS, HEAD_DIM, PAGE, SINKS, RECENT = 2, 64, 64, 4, 32
 CAPACITY = SINKS + RECENT + PAGE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LAYOUTS = ["strided"] if DEVICE == "cuda" else ["strided", "lanes"]  # Triton packs the one, torch the other
 FIXED = ("block_table", "packed_len", "hot_len", "hot_k", "hot_v", "tickets")
 KEY, VALUE = Affine(2, "channel", 32), Affine(1, "token", 32)
 
@@ -36,9 +38,10 @@ def layers(
     recent: int = RECENT,
     max_tokens: int = 600,
     step_tokens: int = 1,
+    layout: str = "strided",
 ) -> tuple[PagedLayer, StaticLayer]:
     """A layer that grows and one that does not."""
-    common = {"num_sink_tokens": sinks, "recent_tokens": recent, "page_size": PAGE, "layout": "strided"}
+    common = {"num_sink_tokens": sinks, "recent_tokens": recent, "page_size": PAGE, "layout": layout}
     fixed = StaticLayer(key, value, max_tokens=max_tokens, step_tokens=step_tokens, **common)
     return PagedLayer(key, value, **common), fixed
 
@@ -76,17 +79,19 @@ def assert_same_view(a: PagedLayer, b: PagedLayer) -> None:
     sinks=st.sampled_from([0, 4, 70]),
     recent=st.sampled_from([0, 32, 200]),
     before=st.integers(1, 3),
+    layout=st.sampled_from(LAYOUTS),
     codecs=st.sampled_from(
         [
             (KEY, VALUE),
             (Affine(4, "token", "page"), Affine(8, "token", "page")),
             (Unquantized(), Affine(2, "token", 32)),
+            (Affine(1, "channel", "page", "unbiased"), Affine(2, "token", "page", "mse")),
         ]
     ),
 )
-@settings(max_examples=10)
-def test_steps_across_a_page_leave_what_stage_and_commit_leave(sinks, recent, before, codecs):
-    grows, fixed = layers(*codecs, sinks=sinks, recent=recent)
+@settings(max_examples=20)
+def test_steps_across_a_page_leave_what_stage_and_commit_leave(sinks, recent, before, layout, codecs):
+    grows, fixed = layers(*codecs, sinks=sinks, recent=recent, layout=layout)
     capacity = sinks + recent + PAGE
     counts = (capacity - before, capacity - 1, 3, 0)  # a page falls due at different steps, or never
     k, v = tokens(4, max(counts))
@@ -105,9 +110,10 @@ def test_steps_across_a_page_leave_what_stage_and_commit_leave(sinks, recent, be
     assert_same_view(grows, fixed)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_steps_of_several_tokens(dtype):
-    grows, fixed = layers(step_tokens=7)
+def test_steps_of_several_tokens(dtype, layout):
+    grows, fixed = layers(step_tokens=7, layout=layout)
     for layer in (grows, fixed):
         torch.manual_seed(1)
         layer.append(*tokens(2, CAPACITY - 10, dtype))
@@ -188,8 +194,9 @@ def test_a_cache_of_fixed_size_saves_and_loads(tmp_path):
 # --- what is refused --------------------------------------------------------------------------------
 
 
-def test_tokens_beyond_the_room_change_nothing_and_are_reported():
-    _, fixed = layers(max_tokens=CAPACITY + PAGE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_beyond_the_room_change_nothing_and_are_reported(layout):
+    _, fixed = layers(max_tokens=CAPACITY + PAGE, layout=layout)
     k, v = tokens(1, CAPACITY + PAGE)
     fixed.append(k, v)
     fixed.step(*tokens(1, 1))  # the window still has room: PAGE - 1 tokens of it
@@ -212,12 +219,10 @@ def test_what_cannot_fit_is_refused_beforehand():
         PagedCache("kivi2", 1).step(0, *tokens(1, 1))
 
 
-def test_a_layout_that_kernels_do_not_write_is_refused():
-    layer = StaticLayer(
-        KEY, VALUE, num_sink_tokens=0, recent_tokens=0, page_size=64, max_tokens=99, layout="lanes"
-    )
-    with pytest.raises(ValueError, match=r"^a static cache holds pages of the layout 'strided', not"):
-        layer.append(*tokens(1, 3))
+def test_a_gpu_gets_no_layout_that_its_kernels_do_not_write():
+    form = layers(layout="lanes")[1].page_format(HEAD_DIM, torch.float16)
+    assert "holds pages of the layout 'strided', not 'lanes'" in why_not(torch.device("cuda"), form, (0, 0))
+    assert why_not(torch.device("cpu"), form, (0, 0)) is None
 
 
 # --- nothing is asked of the device -----------------------------------------------------------------

@@ -29,7 +29,7 @@ class StaticLayer(PagedLayer):
         step_tokens: the most tokens `step` will be given at a time.
 
     Raises:
-        ValueError: a number below 1, or with the first tokens: no kernel runs where they are.
+        ValueError: a number below 1, or with the first tokens: no step can run where they are.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class StaticLayer(PagedLayer):
         """Make the tensors of an empty cache for tokens like k `[B, Hkv, T, D]`.
 
         Raises:
-            ValueError: no kernel runs on their device or writes these codecs' pages.
+            ValueError: no step can run on their device, or writes these codecs' pages.
         """
         form = self.page_format(k.shape[3], k.dtype, k.device)
         levels = (self.key.native_levels, self.value.native_levels)
@@ -96,7 +96,7 @@ class StaticLayer(PagedLayer):
             raise ValueError(f"a static cache {reason}")
         super().allocate(k)
         # computed here, where no compiler looks on
-        self._numbers = form.key.numbers, form.value.numbers, levels
+        self._numbers = form.key.numbers, form.value.numbers, levels, form.key.layout
 
     def set_sequences(self, tables: Sequence[Sequence[int]], hot: Sequence[int]) -> None:
         self.pool.release([page for row in self._spare for page in row])
@@ -137,7 +137,7 @@ class StaticLayer(PagedLayer):
     # --- growing -------------------------------------------------------------------------------
 
     def step(self, k: Tensor, v: Tensor) -> None:
-        """Add tokens `[B, Hkv, T, D]` to every sequence: one kernel, and nothing is read back.
+        """Add tokens `[B, Hkv, T, D]` to every sequence: on a GPU one kernel, and nothing is read back.
 
         A page that became due with the step before is packed first, so that attention sees what it sees
         between `stage` and `commit`. Lengths advance on the device: replayed as a CUDA graph, the step

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
+from bitkv.static import host
 
 NUM_WARPS = 8  # of a program
 _DTYPES = list(RAW_DTYPES)  # by their numbers in `PartFormat.numbers`
@@ -27,6 +28,7 @@ def _append(
     key: Sequence[int],
     value: Sequence[int],
     levels: Sequence[int],
+    layout: str,
     num_sink_tokens: int,
     hot_capacity: int,
 ) -> None:
@@ -36,15 +38,23 @@ def _append(
         pages, block_table, packed_len, hot_k, hot_v, hot_len: as in `CacheView`; the table names the
             pages to come.
         tickets: int32 `[B, 2]`: 0 between calls; tokens that found no room.
-        key, value: `PartFormat.numbers` of the two halves of a page, in the layout "strided".
+        key, value: `PartFormat.numbers` of the two halves of a page, and `layout` of both.
         levels: `Codec.native_levels` of both.
         hot_capacity: a page is due when the window holds so many tokens.
     """
+    parts = _part("key", tuple(key), layout), _part("value", tuple(value), layout)
+    if not _has_kernel(k.device, layout):
+        lengths = packed_len, hot_len, tickets
+        form = PageFormat(*parts)
+        host.append(
+            *((k, v), (hot_k, hot_v), pages, block_table, *lengths),
+            *(form, levels, num_sink_tokens, hot_capacity),
+        )
+        return
     # Triton is imported with the first call
     from bitkv.codecs.triton import tiling, word_dtype
     from bitkv.static.triton_kernels import append_kernel
 
-    parts = _part("key", tuple(key)), _part("value", tuple(value))
     tiles = [tiling(part, level) for part, level in zip(parts, levels, strict=True)]
     words = [
         x.view(word_dtype(part))
@@ -74,20 +84,24 @@ def _fake(k: Tensor, *_: object) -> None: ...
 
 
 def why_not(device: torch.device, form: PageFormat, levels: Sequence[int | None]) -> str | None:
-    """Why no kernel can append on a device, as the end of a sentence; None if one can."""
-    if find_spec("triton") is None:
-        return "needs Triton; pip install triton"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"is for GPUs, and the tokens are on {device}; pass no max_tokens there"
-    if form.key.layout != "strided":
-        return f"holds pages of the layout 'strided', not {form.key.layout!r}; pass no layout"
+    """Why no step can run on a device, as the end of a sentence; None if it can."""
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "on a GPU needs Triton; pip install triton"
+    if device.type == "cuda" and form.key.layout != "strided":
+        return f"on a GPU holds pages of the layout 'strided', not {form.key.layout!r}; pass no layout"
     if None in levels:
         return "takes codecs with kernels: Affine and Unquantized"
     return None
 
 
+def _has_kernel(device: torch.device, layout: str) -> bool:
+    """Whether Triton runs the step, if only in its interpreter, rather than torch."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and layout == "strided"
+    return device.type == "cuda" or interpreted
+
+
 @cache
-def _part(site: str, numbers: tuple[int, ...]) -> PartFormat:
+def _part(site: str, numbers: tuple[int, ...], layout: str) -> PartFormat:
     """The format that has these `PartFormat.numbers`."""
     bits, rows, columns, group_size, row_scales, dtype = numbers
     is_key = site == "key"
@@ -99,4 +113,5 @@ def _part(site: str, numbers: tuple[int, ...]) -> PartFormat:
         head_dim=columns if is_key else rows,
         page_size=rows if is_key else columns,
         dtype=_DTYPES[dtype],
+        layout=layout,
     )
