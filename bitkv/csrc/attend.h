@@ -45,6 +45,7 @@ struct Softmax {
 struct Queries {
   const float* x;          // [rows][head_dim]
   const int64_t* last;     // newest token that each row sees
+  int64_t first_last, last_last;  // the smallest and the largest of these
   Softmax* softmax;
   int rows;
 };
@@ -66,6 +67,7 @@ inline void raise(const AttendRequest& r, Softmax& state, float high) {
 
 // Hides what rows do not see of `count` tokens from `first` on, whose scores are [rows][kColumns].
 inline void hide(const AttendRequest& r, const Queries& q, int64_t first, int count, int padded, Scratch& s) {
+  if (first + padded - 1 <= q.first_last && count == padded && first > q.last_last - r.window) return;  // most pages
   for (int i = 0; i < q.rows; ++i) {
     float* score = s.scores[i];
     const int64_t end = std::clamp<int64_t>(q.last[i] + 1 - first, 0, count);
@@ -148,10 +150,7 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
 }
 
 inline bool sees_any(const AttendRequest& r, const Queries& q, int64_t first, int64_t count) {
-  for (int i = 0; i < q.rows; ++i) {
-    if (q.last[i] >= first && q.last[i] - r.window < first + count - 1) return true;
-  }
-  return false;
+  return q.last_last >= first && q.first_last - r.window < first + count - 1;
 }
 
 inline void attend_page(const AttendRequest& r, const Half& key, const Half& value, const Queries& q,
@@ -353,7 +352,8 @@ inline void attend_item(const AttendRequest& r, const Plan& plan, int item, floa
   }
   std::fill_n(s.out[0], rows * dim, 0.0f);
   load_queries(r, first_row, rows, s.x[0]);
-  const Queries q{s.x[0], last, softmax, rows};
+  const auto [first_last, last_last] = std::minmax_element(last, last + rows);
+  const Queries q{s.x[0], last, *first_last, *last_last, softmax, rows};
 
   const int pages = Plan::num_pages(r, b), begin = p * plan.part_size, end = begin + plan.part_size;
   const int first_slot = std::max(0, begin - pages) * kHotTokens;

@@ -78,7 +78,6 @@ struct Numbers {
   alignas(64) int8_t high[kMaxH][kColumns], low[kMaxH][kColumns];
   float unit[kUnitBlocks][kMaxH], low_unit[kUnitBlocks][kMaxH];  // what the bytes are multiples of
   float offset[kMaxH], low_offset[kMaxH];                       // what turns sums of codes into sums of values
-  bool has_low;
 };
 
 struct Scratch {
@@ -218,23 +217,21 @@ inline void measure_queries(const float* x, int stride, int columns, const uint1
   });
 }
 
-// What rounding left, where it matters: low = (y - round(y)) in smaller steps, y = x * scale in units.
-template <class Rule, int H>
-inline void round_rest(const float* x, int stride, int columns, const uint16_t* scale, const Units& units, int row, Numbers& n) {
-  for (int h = 0; h < H; ++h) {
-    n.low_offset[h] = 0;
-    for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
-      I counts = zero_int();
-      for (int c = begin; c < std::min(columns, begin + Rule::unit_columns(columns)); c += kLanes) {
-        F y = load(x + h * stride + c) * set(units.inverse[block][row + h]);
-        if (scale) y = y * load_half(scale + c);
-        const I rest = to_int((y - round(y)) * set(Rule::kLow));
-        counts = counts + rest;
-        store_bytes(n.low[h] + c, rest);
-      }
-      n.low_unit[block][h] = n.unit[block][h] / Rule::kLow;
-      n.low_offset[h] -= n.low_unit[block][h] * Rule::kMiddle * float(sum(counts));
+// What rounding left of row h, where it matters: low = (y - round(y)) in smaller steps, y = x * scale in units.
+template <class Rule>
+inline void round_rest(const float* x, int columns, const uint16_t* scale, const Units& units, int row, int h, Numbers& n) {
+  n.low_offset[h] = 0;
+  for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
+    I counts = zero_int();
+    for (int c = begin; c < std::min(columns, begin + Rule::unit_columns(columns)); c += kLanes) {
+      F y = load(x + c) * set(units.inverse[block][row + h]);
+      if (scale) y = y * load_half(scale + c);
+      const I rest = to_int((y - round(y)) * set(Rule::kLow));
+      counts = counts + rest;
+      store_bytes(n.low[h] + c, rest);
     }
+    n.low_unit[block][h] = n.unit[block][h] / Rule::kLow;
+    n.low_offset[h] -= n.low_unit[block][h] * Rule::kMiddle * float(sum(counts));
   }
 }
 
@@ -275,9 +272,6 @@ inline void round_rows(const float* x, int stride, int columns, ColumnScales of,
     });
   }
   sums_of<H>(total, n.offset);
-  const bool* coarse = units.is_coarse + row;
-  n.has_low = std::any_of(coarse, coarse + H, [](bool is) { return is; });
-  if (n.has_low) round_rest<Rule, H>(x, stride, columns, of.scale, units, row, n);
 }
 
 // --- codes times bytes ----------------------------------------------------------------------------
@@ -335,10 +329,11 @@ template <int H, int R>
   });
 }
 
-// Blocks [first, last), which share a row of scales, times H rows of numbers.
+// Blocks [first, last), which share a row of scales, times H rows of numbers. Units of the next block of
+// columns are kMaxH further on.
 template <int BITS, bool kPositive, bool kFine, int H, int R>
 inline void byte_sums(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
-                      const float (*unit)[kMaxH], const float* offset, Result out, ptrdiff_t ahead) {
+                      const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
   int block = first;
   for (; block + R <= last; block += R) {
     const uint8_t* codes = data + block * part.block_bytes;
@@ -352,7 +347,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
         multiply<BITS, kPositive, H, R>(acc, codes + v * 64, part.block_bytes, std::min(kVectors, part.vectors - v),
                                         numbers + b * kUnitColumns, ahead);
         repeat<R>([&](auto r) {
-          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b][h]), sums[r][h]); });
+          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * kMaxH + h]), sums[r][h]); });
         });
       }
       repeat<R>([&](auto r) { repeat<H>([&](auto h) { out.put(h, block + r, sums[r][h]); }); });
@@ -362,7 +357,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
       if constexpr (BITS == 1) {
         if (part.tail) repeat<R>([&](auto r) { multiply_tail<kPositive, H>(acc[r], part, data, block + r, numbers); });
       }
-      put_sums<H, R>(acc, block, unit[0], offset, out);
+      put_sums<H, R>(acc, block, unit, offset, out);
     }
   }
   if constexpr (R > 1) {
@@ -444,12 +439,26 @@ inline void prefetch_scales(const uint16_t* scale, const uint16_t* zero, int cou
   }
 }
 
+// Blocks [first, last) times H rows of numbers, in the way that suits the codes.
+template <class Rule, int BITS, bool kPositive, bool kTables, int H>
+inline void sum_rows(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
+                     const float* unit, const float* offset, Result out, ptrdiff_t ahead, Scratch& s) {
+  if constexpr (kTables) {
+    fill_tables<H>(numbers, part.columns, s.tables[0]);
+    table_sums<kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, s.tables[0], unit, offset, out, ahead);
+  } else {
+    constexpr bool kFine = Rule::kIsFine;
+    constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
+    byte_sums<BITS, kPositive, kFine, H, R>(part, data, first, last, numbers, unit, offset, out, ahead);
+  }
+}
+
 // Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). Weights come
 // with their units.
 template <class Rule, int BITS, bool kTables>
 inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
                             ptrdiff_t ahead, Scratch& s) {
-  constexpr bool kPositive = Rule::kIsPositive, kFine = Rule::kIsFine;
+  constexpr bool kPositive = Rule::kIsPositive;
   const int blocks = part.group / kLanes;
   Units& units = kPositive ? s.of_weights : s.of_queries;
   if constexpr (!kPositive) {
@@ -464,22 +473,15 @@ inline void codes_by_column(const Half& part, const uint8_t* data, const float* 
     const int first = g * blocks, last = first + blocks;
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
-      round_rows<Rule, H>(x + row * stride, stride, part.columns, of, units, row, n);
-      Result to = out.from(row);
-      if constexpr (kTables) {
-        constexpr int R = blocks_at_once(H, 4);
-        fill_tables<H>(n.high[0], part.columns, s.tables[0]);
-        table_sums<kPositive, H, R>(part, data, first, last, s.tables[0], n.unit[0], n.offset, to, ahead);
-        if (!n.has_low) return;
+      const float* xr = x + row * stride;
+      round_rows<Rule, H>(xr, stride, part.columns, of, units, row, n);
+      sum_rows<Rule, BITS, kPositive, kTables, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), ahead, s);
+      for (int h = 0; h < H; ++h) {
+        if (!units.is_coarse[row + h]) continue;
+        round_rest<Rule>(xr + h * stride, part.columns, of.scale, units, row, h, n);
+        Result to = out.from(row + h);
         to.add = true;
-        fill_tables<H>(n.low[0], part.columns, s.tables[0]);
-        table_sums<false, H, R>(part, data, first, last, s.tables[0], n.low_unit[0], n.low_offset, to, ahead);
-      } else {
-        constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
-        byte_sums<BITS, kPositive, kFine, H, R>(part, data, first, last, n.high[0], n.unit, n.offset, to, ahead);
-        if (!n.has_low) return;
-        to.add = true;
-        byte_sums<BITS, false, kFine, H, R>(part, data, first, last, n.low[0], n.low_unit, n.low_offset, to, ahead);
+        sum_rows<Rule, BITS, false, kTables, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, ahead, s);
       }
     });
   }
@@ -518,6 +520,11 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
       const float* xg = x + row * stride + g * part.group;
       measure_queries<Rule, H>(xg, stride, part.group, nullptr, 1, row, s.of_queries);
       round_rows<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, s.of_queries, row, n);
+      const bool* coarse = s.of_queries.is_coarse + row;
+      const bool has_low = std::any_of(coarse, coarse + H, [](bool is) { return is; });
+      for (int i = 0; has_low && i < H; ++i) {
+        round_rest<Rule>(xg + i * stride, part.group, nullptr, s.of_queries, row, i, n);
+      }
       float total[H];
       repeat<H>([&](auto i) {
         F sum_x = set(0);
@@ -531,17 +538,17 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
         repeat<H>([&](auto i) { high[0][i] = low[0][i] = zero_int(); });
         const uint8_t* codes = data + block * part.block_bytes + g * vectors * 64;
         multiply<BITS, false, H, 1>(high, codes, 0, vectors, n.high[0], ahead);
-        if (n.has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, n.low[0], ahead);
+        if (has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, n.low[0], ahead);
         if (BITS == 1 && part.tail) {
           multiply_tail<false, H>(high[0], part, data, block, n.high[0]);
-          if (n.has_low) multiply_tail<false, H>(low[0], part, data, block, n.low[0]);
+          if (has_low) multiply_tail<false, H>(low[0], part, data, block, n.low[0]);
         }
         const F sc = load_half(scale + block * kLanes);
         const F middle = fma(sc, set(Rule::kMiddle), load_half(zero + block * kLanes));
         repeat<H>([&](auto i) {
           // the codes' deviations from the middle of their range times x, then that middle times x
           F deviation = fma(to_float(high[0][i]), set(n.unit[0][i]), set(n.offset[i] - total[i]));
-          if (n.has_low) deviation = deviation + fma(to_float(low[0][i]), set(n.low_unit[0][i]), set(n.low_offset[i]));
+          if (has_low) deviation = deviation + fma(to_float(low[0][i]), set(n.low_unit[0][i]), set(n.low_offset[i]));
           to.put(i, block, fma(sc, deviation, middle * set(total[i])));
         });
       }
