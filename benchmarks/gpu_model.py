@@ -86,6 +86,7 @@ def compiled(form: Format) -> Kernel:
     launch = backend.launch_of(form.page, form.heads, amd=amd)
     variant = Variant.of(
         form.page,
+        launch.tile,
         launch.columns,
         causal=True,
         window=False,
@@ -202,7 +203,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for r in rows:
         print(
             f"{r['bits']:4} {r['group']:5} {r['instructions']:12} {r['registers']:9}",
-            f"{r['stack_bytes']:5} {r['mma']:4} {r['conversions_per_code']:11.3f} {r['memory_ns']:5.0f} ns",
+            f"{r['stack_bytes']:5} {r['mma']:4} {r['conversions_per_code']:11.3f}",
+            f"{r['memory_ns']:5.0f} ns",
             f"{r['issue_ns']['boost']:5.0f} ns {r['issue_fraction']['boost']:10.2f}",
         )
     target.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

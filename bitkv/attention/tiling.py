@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 from bitkv.pages import WORD_BITS, PageFormat, PartFormat
 
-TILE = 32  # rows: larger tiles of codes keep more words in registers than there are
-
 
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n rows or words; tensor cores want 16."""
@@ -45,11 +43,12 @@ class Tiling:
     zero_offset: int
 
     @staticmethod
-    def of(part: PartFormat) -> "Tiling":
+    def of(part: PartFormat, limit: int) -> "Tiling":
+        """The tiling of a part into tiles of up to `limit` rows."""
         slots = 1 if part.is_raw else WORD_BITS // (part.bits * part.folds)
         by_row = part.site == "key" and part.granularity == "token"
         rows = part.rows // part.folds
-        tile = rows if part.is_raw or by_row else math.gcd(part.group_size, rows, TILE)
+        tile = rows if part.is_raw or by_row else math.gcd(part.group_size, rows, limit)
         return Tiling(
             bits=part.bits,
             rows=part.rows,
@@ -165,6 +164,7 @@ class Variant:
     @staticmethod
     def of(
         form: PageFormat,
+        tile: int,
         columns: int,
         *,
         causal: bool,
@@ -174,8 +174,8 @@ class Variant:
         interpreted: bool,
     ) -> "Variant":
         return Variant(
-            Tiling.of(form.key),
-            Tiling.of(form.value),
+            Tiling.of(form.key, tile),
+            Tiling.of(form.value, tile),
             columns,
             causal,
             window,

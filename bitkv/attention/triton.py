@@ -73,9 +73,10 @@ class Result(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Parameters of a launch: queries a program, its warps, its pipeline stages, programs an SM."""
+    """Queries of a program, rows of its tiles of codes, its warps and stages; programs a processor."""
 
     columns: int
+    tile: int
     warps: int
     stages: int
     programs: int
@@ -98,14 +99,16 @@ def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
     """Parameters for `rows` queries that share a KV head.
 
     Few queries leave tensor cores idle whatever one does: what counts is instructions, and programs of
-    one warp need the fewest, without barriers and without an exchange of weights between warps.
-    Unquantized pages and many queries need the registers of more.
+    one warp need the fewest, without barriers and without an exchange of weights between warps. They
+    take tiles that leave them registers. Unquantized pages and many queries need more warps.
     """
-    raw = form.key.is_raw or form.value.is_raw
     columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 64)
-    if columns > 16 or raw:
-        return Launch(columns, 4, 2, 2)
-    return Launch(columns, 1 if columns * form.head_dim <= 1024 else 2, 2, 8)
+    if form.key.is_raw or form.value.is_raw:
+        return Launch(columns, 128, 4, 1, 3)
+    if columns > 16:
+        return Launch(columns, 128, 4, 2, 2)
+    tile = 16 if max(form.key.bits, form.value.bits) > 2 else 32
+    return Launch(columns, tile, 1 if columns * form.head_dim <= 1024 else 2, 2, 8)
 
 
 def splits_of(grid: int, max_pages: int, hot_capacity: int, slots: int) -> int:
@@ -181,6 +184,7 @@ def _attend(
         )
     variant = Variant.of(
         form,
+        chosen.tile,
         chosen.columns,
         causal=positions is None,
         window=window < _EVERY_TOKEN,

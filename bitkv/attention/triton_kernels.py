@@ -98,7 +98,8 @@ def _codes(words, POSITION: tl.constexpr, BITS: tl.constexpr, F: tl.constexpr):
 def _load_words(part, TILE: tl.constexpr, T: tl.constexpr, TYPE: tl.constexpr):
     """Words `[tile, words]` of a part of a page, padded to powers of two with zeros."""
     row, word = tl.arange(0, T.padded_tile)[:, None], tl.arange(0, T.padded_words)[None, :]
-    at = part.to(tl.pointer_type(TYPE)) + (TILE * T.tile + row) * T.words + word
+    # the same offsets for all tiles: a program has few registers to spare for addresses
+    at = part.to(tl.pointer_type(TYPE)) + TILE * T.tile * T.words + (row * T.words + word)
     if T.padded_tile == T.tile and T.padded_words == T.words:
         return tl.load(at)
     else:
@@ -168,11 +169,11 @@ def _channel_scores(part, q, factor, F: tl.constexpr):
                     if K.two_terms:
                         acc = _dot(code, rest[j], acc, F)
                 if F.softcap or not K.uniform:
-                    acc = acc * (factor / K.tile_unit(t))[None, :] + (shift * factor)[None, :]
+                    acc = acc * (factor * (1 / K.tile_unit(t)))[None, :] + (shift * factor)[None, :]
                 tiles = tiles + (acc,)
     scores = _stack_rows(tiles, 0, K.all_tiles)
     if K.uniform and not F.softcap:
-        return scores, factor / K.tile_unit(0), shift * factor
+        return scores, factor * (1 / K.tile_unit(0)), shift * factor
     else:
         return scores, tl.full((F.columns,), 1.0, tl.float32), 0.0
 
@@ -198,7 +199,7 @@ def _token_scores(part, q, factor, F: tl.constexpr):
             for j in tl.static_range(SLOTS):
                 if K.meets(j, g):
                     acc = _dot(_codes(words, K.position(t, j), K.bits, F), mine[j], acc, F)
-            tiles = tiles + (acc * (factor / K.tile_unit(t))[None, :],)
+            tiles = tiles + (acc * (factor * (1 / K.tile_unit(t)))[None, :],)
         scale = _load_numbers(part, K.scale_at(g), K.rows, K.rows)
         zero = _load_numbers(part, K.zero_at(g), K.rows, K.rows)
         scores += _stack_rows(tiles, 0, K.folds) * scale.to(tl.float32)[:, None]
@@ -237,28 +238,27 @@ def _add_values(part, p, acc, shift, RAW: tl.constexpr, F: tl.constexpr):
     ALL_TILES: tl.constexpr = V.all_tiles
     GROUPS: tl.constexpr = V.groups
     TILES: tl.constexpr = V.tiles
-    words, weights, shifts, sums = (), (), (), ()
+    words, shifts, sums = (), (), ()
     for i in tl.static_range(TILES):
         words = words + (_load_words(part, i, V, tl.int16),)
     for g in tl.static_range(GROUPS):
         scale = _load_numbers(part, V.scale_at(g), V.columns, V.columns)
         zero = _load_numbers(part, V.zero_at(g), V.columns, V.columns)
         middle = zero.to(tl.float32) + V.middle * scale.to(tl.float32)
-        rounded = _split_rows((p * scale.to(tl.float32)[:, None]).to(tl.float16), V.slots)
-        sum_of_rounded = tl.full((16, F.columns), 0.0, tl.float32)
+        weights = _split_rows((p * scale.to(tl.float32)[:, None]).to(tl.float16), V.slots)
+        rounded = tl.full((16, F.columns), 0.0, tl.float32)
         for j in tl.static_range(SLOTS):
-            ones = tl.full((16, V.words), 1.0, tl.float16)
-            sum_of_rounded = _dot(ones, rounded[j], sum_of_rounded, F)
-        lost = tl.sum(p * middle[:, None], 0) - tl.max(sum_of_rounded, 0) * V.middle
+            rounded = _dot(tl.full((16, V.words), 1.0, tl.float16), weights[j], rounded, F)
+        lost = tl.sum(p * middle[:, None], 0) - tl.max(rounded, 0) * V.middle
         shifts = shifts + (shift[g] + lost,)
-        weights = weights + (rounded,)
-    for t in tl.static_range(ALL_TILES):
-        total = acc[t]
-        for j in tl.static_range(SLOTS):
-            code = _codes(words[t % V.tiles], V.position(t, j), V.bits, F)
-            weight = (weights[V.group_of(t)][j] * (1 / V.slot_unit(j))).to(tl.float16)
-            total = _dot(code, weight, total, F)
-        sums = sums + (total,)
+        for t in tl.static_range(ALL_TILES):
+            if V.group_of(t) == g:
+                total = acc[t]
+                for j in tl.static_range(SLOTS):
+                    code = _codes(words[t % V.tiles], V.position(t, j), V.bits, F)
+                    weight = (weights[j] * (1 / V.slot_unit(j))).to(tl.float16)
+                    total = _dot(code, weight, total, F)
+                sums = sums + (total,)
     return sums, shifts
 
 
@@ -266,7 +266,7 @@ def _add_values(part, p, acc, shift, RAW: tl.constexpr, F: tl.constexpr):
 def _soften(s, softcap, F: tl.constexpr):
     """Scores in units of log2(e), capped where there is a cap."""
     if F.softcap:  # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        return softcap * LOG2_E * (1 - 2 / (tl.exp2(s * (2 / softcap)) + 1))
+        return (1 - 2 / (tl.exp2(s * (2 / softcap)) + 1)) * softcap * LOG2_E
     return s
 
 
@@ -385,7 +385,7 @@ def _attend_pages(
             acc, shift = _add_values(values, p, acc, _scale(shift, decay, V.groups), RAW, F)
     sums = ()
     for t in tl.static_range(ALL_TILES):
-        sums = sums + (acc[t] / V.tile_unit(t) + shift[V.group_of(t)][None, :],)
+        sums = sums + (acc[t] * (1 / V.tile_unit(t)) + shift[V.group_of(t)][None, :],)
     return high, total, sums
 
 
