@@ -136,7 +136,7 @@ class PagedLayer:
         Raises:
             ValueError: shapes, dtypes or devices that do not fit; nothing is changed.
         """
-        if self.is_empty and real is None and k.shape[2] >= self.hot_capacity:
+        if real is None and k.shape[2] >= self.hot_capacity and not any(self.lengths):
             self._append_prompt(k, v)
             return
         self.stage(k, v, real)
@@ -144,8 +144,9 @@ class PagedLayer:
 
     def _append_prompt(self, k: Tensor, v: Tensor) -> None:
         """A first prompt goes into pages from where it is: the hot window never holds it."""
-        check_tokens(k, v, None, None)
-        self.allocate(k)
+        check_tokens(k, v, None, None if self.is_empty else self.hot_k)
+        if self.is_empty:
+            self.allocate(k)
         k, v = k.detach(), v.detach()
         sinks, tokens = self.num_sink_tokens, k.shape[2]
         num_pages = 1 + (tokens - self.hot_capacity) // self.page_size

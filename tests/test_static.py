@@ -25,7 +25,8 @@ pytest.importorskip("triton", reason="kernels for GPUs need Triton")
 HEADS, HEAD_DIM, PAGE, SINKS, RECENT = 2, 64, 64, 4, 32
 CAPACITY = SINKS + RECENT + PAGE
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LAYOUTS = ["strided"] if DEVICE == "cuda" else ["strided", "lanes"]  # Triton packs the one, torch the other
+# Triton packs the one, torch the other
+LAYOUTS = ["strided"] if DEVICE == "cuda" else ["strided", "lanes"]
 FIXED = ("block_table", "packed_len", "hot_len", "hot_k", "hot_v", "tickets")
 KEY, VALUE = Affine(2, "channel", 32), Affine(1, "token", 32)
 
@@ -221,7 +222,9 @@ def test_what_cannot_fit_is_refused_beforehand():
 
 def test_a_gpu_gets_no_layout_that_its_kernels_do_not_write():
     form = layers(layout="lanes")[1].page_format(HEAD_DIM, torch.float16)
-    assert "holds pages of the layout 'strided', not 'lanes'" in why_not(torch.device("cuda"), form, (0, 0))
+    reason = why_not(torch.device("cuda"), form, (0, 0))
+    assert reason is not None
+    assert "holds pages of the layout 'strided', not 'lanes'" in reason
     assert why_not(torch.device("cpu"), form, (0, 0)) is None
 
 

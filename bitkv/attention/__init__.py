@@ -2,6 +2,7 @@
 
 import logging
 
+import torch
 from torch import Tensor
 
 from bitkv.attention import cpu, reference, triton
@@ -26,7 +27,7 @@ def attend(
     positions: Tensor | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Attention of queries over a layer's packed cache, which already holds their own tokens.
 
@@ -39,7 +40,8 @@ def attend(
         positions: int `[B, Tq]`, the last token each query sees (-1: none), instead of `causal`.
         window: each query sees the newest `window` tokens up to its own only.
         softcap: scores become `softcap * tanh(score / softcap)`.
-        backend: "auto", or a key of `BACKENDS`, which then runs or raises.
+        backend: "auto", or a key of `BACKENDS`, which then runs or raises; or what `choose` gave for
+            such a request, for compiled code, where nobody can be asked.
 
     Returns:
         The output `[B, Hq, Tq, D]` in q's dtype, and the log-sum-exp of the scores, float32
@@ -54,8 +56,9 @@ def attend(
         positions = (view.lengths - 1).unsqueeze(1).expand(-1, q.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     request = AttentionRequest(q, view, positions, scale, window, softcap)
-    chosen = choose(request, backend)
-    _last[:] = [chosen.name]
+    chosen = choose(request, backend) if isinstance(backend, str) else backend
+    if not torch.compiler.is_compiling():
+        _last[:] = [chosen.name]
     return chosen.run(request)
 
 
@@ -79,7 +82,7 @@ def choose(request: AttentionRequest, name: str = "auto") -> Backend:
 
 
 def last_backend() -> str | None:
-    """The name of the backend that ran last."""
+    """The name of the backend that ran last; compiled code does not count."""
     return _last[0] if _last else None
 
 

@@ -64,6 +64,13 @@ class StaticLayer(PagedLayer):
         self._spare: list[list[int]] = []
         vars(self).pop("tickets", None)
 
+    def clear(self) -> None:
+        """Forget all tokens; the tensors stay, and no step that was refused is told of."""
+        if not self.is_empty:
+            self.pool.release([page for row in self._tables for page in row])
+            batch = len(self._tables)
+            self.set_sequences([[]] * batch, [0] * batch)
+
     @property
     def window_capacity(self) -> int:
         """A page that is due waits for the next step, whose tokens need room behind it until then."""
@@ -188,6 +195,10 @@ class StaticLayer(PagedLayer):
             )
 
     # --- reading -------------------------------------------------------------------------------
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor that a step or attention names: they stay where they are while the batch does."""
+        return [self.pool.data, *(getattr(self, name) for name in _FIXED)]
 
     @property
     def nbytes(self) -> int:

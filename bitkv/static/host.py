@@ -1,7 +1,8 @@
-"""The step of a static layer in plain torch, for tensors on a CPU: what the kernel does, said shortly."""
+"""The step of a static layer in plain torch, for tensors on a CPU."""
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from bitkv.codecs import Affine, Codec, Unquantized
@@ -34,7 +35,7 @@ def append(
         if due:
             stop = start + due * page
             places = block_table[b, used : used + due].long()
-            tokens = [x[b, :, start:stop].unflatten(1, (due, page)).transpose(0, 1) for x in hot]
+            tokens = [torch.unflatten(x[b, :, start:stop], 1, (due, page)).transpose(0, 1) for x in hot]
             parts = zip(tokens, (form.key, form.value), levels, strict=True)
             encoded = [_codec(part, level).encode(x, part) for x, part, level in parts]
             pages[places, :, : form.key.nbytes], pages[places, :, form.key.nbytes :] = encoded
@@ -51,5 +52,5 @@ def _codec(part: PartFormat, level: int) -> Codec:
     if part.is_raw:
         return Unquantized()
     extent = part.page_size if part.granularity == "channel" else part.head_dim
-    group = "page" if part.group_size == extent else part.group_size
-    return Affine(part.bits, part.granularity, group, LEVELS[level])
+    is_page = part.group_size == extent
+    return Affine(part.bits, part.granularity, "page" if is_page else part.group_size, LEVELS[level])

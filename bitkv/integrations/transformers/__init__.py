@@ -9,5 +9,6 @@ model's dtype: slow but right. Layers that are not full attention keep the cache
 from bitkv.integrations.transformers.cache import PackedCache, fingerprint
 from bitkv.integrations.transformers.context import packed
 from bitkv.integrations.transformers.layer import Handle, PackedLayer
+from bitkv.integrations.transformers.static import StaticPackedLayer
 
-__all__ = ["Handle", "PackedCache", "PackedLayer", "fingerprint", "packed"]
+__all__ = ["Handle", "PackedCache", "PackedLayer", "StaticPackedLayer", "fingerprint", "packed"]

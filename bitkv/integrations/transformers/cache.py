@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers import PreTrainedConfig as Config
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from bitkv.cache import PagedCache
 from bitkv.integrations.transformers.attention import switch_attention
 from bitkv.integrations.transformers.layer import PackedLayer
 from bitkv.integrations.transformers.masks import MaskReader
+from bitkv.integrations.transformers.static import StaticPackedLayer
 from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
 
@@ -30,6 +31,9 @@ class PackedCache(Cache):  # type: ignore[misc]
     Args:
         config: `model.config`.
         recipe: a `Recipe` or its text, such as "kivi2".
+        max_cache_len: take room for so many columns (tokens, padding included) with the first tokens;
+            decode steps can then be compiled or captured in a CUDA graph, and `generate` compiles them
+            on a GPU. By default the cache grows.
         exact_prefill: the first forward attends to exact keys and values and packs them afterwards.
             False: all attention reads the packed cache, as a quantized cache's perplexity needs.
         backend: "auto" or a backend's name; see `bitkv.attend`.
@@ -43,22 +47,33 @@ class PackedCache(Cache):  # type: ignore[misc]
         config: Config,
         recipe: Recipe | str,
         *,
+        max_cache_len: int | None = None,
         exact_prefill: bool = True,
         backend: str = "auto",
     ) -> None:
         decoder = decoder_config(config)
-        stock = DynamicCache(config=decoder).layers
-        self.paged = PagedCache(recipe, len(stock))
+        stock = _stock_layers(decoder, max_cache_len)
+        self.max_cache_len = max_cache_len
+        self.paged = PagedCache(recipe, len(stock), max_tokens=max_cache_len)
         self.fingerprint = fingerprint(config)
-        full = [type(layer) is DynamicLayer for layer in stock]
-        if not any(isinstance(layer, DynamicLayer) for layer in stock):
+        full = [type(layer) in (DynamicLayer, StaticLayer) for layer in stock]
+        if not any(isinstance(layer, (DynamicLayer, StaticLayer)) for layer in stock):
             raise ValueError(f"{decoder.model_type} has no KV cache for bitkv to pack")
         _check_head_dim(decoder, [self.paged.layers[i] for i, is_full in enumerate(full) if is_full])
         switch_attention(decoder)
         masks = MaskReader()
 
         def packed(i: int) -> PackedLayer:
-            return PackedLayer(self.paged, i, masks, exact_prefill=exact_prefill, backend=backend)
+            if max_cache_len is None:
+                return PackedLayer(self.paged, i, masks, exact_prefill=exact_prefill, backend=backend)
+            return StaticPackedLayer(
+                self.paged,
+                i,
+                masks,
+                max_cache_len=max_cache_len,
+                exact_prefill=exact_prefill,
+                backend=backend,
+            )
 
         super().__init__([packed(i) if full[i] else layer for i, layer in enumerate(stock)])
 
@@ -69,7 +84,7 @@ class PackedCache(Cache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Allocated bytes of all layers, those Transformers keeps included."""
-        others = (x for layer in self._other_layers().values() for x in (layer.keys, layer.values))
+        others = (x for layer in self._other_layers() for x in (layer.keys, layer.values))
         return self.paged.nbytes + sum(int(x.nbytes) for x in others if x is not None)
 
     @property
@@ -111,16 +126,21 @@ class PackedCache(Cache):  # type: ignore[misc]
         for i, layer in enumerate(self.layers):
             length = int(extra.get(f"{i}.length", 0))
             if isinstance(layer, PackedLayer):
-                layer.length, layer.columns = length, extra.get(f"{i}.columns")
-                layer._pending = layer._dense = None
-                layer.is_initialized = length > 0
+                layer.restore(length, extra.get(f"{i}.columns"))
             elif length:
                 layer.lazy_initialization(extra[f"{i}.keys"], extra[f"{i}.values"])
                 layer.keys, layer.values = extra[f"{i}.keys"], extra[f"{i}.values"]
                 layer.cumulative_length = length
 
-    def _other_layers(self) -> dict[int, Any]:
-        return {i: layer for i, layer in enumerate(self.layers) if isinstance(layer, DynamicLayer)}
+    def _other_layers(self) -> list[Any]:
+        return [layer for layer in self.layers if isinstance(layer, (DynamicLayer, StaticLayer))]
+
+
+def _stock_layers(decoder: Config, max_cache_len: int | None) -> list[Any]:
+    """The layers that Transformers' own cache would have."""
+    if max_cache_len is None:
+        return list(DynamicCache(config=decoder).layers)
+    return list(StaticCache(config=decoder, max_cache_len=max_cache_len).layers)
 
 
 def fingerprint(config: Config) -> str:

@@ -100,12 +100,15 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._pending = (key_states, value_states)
         self._dense = None
         self.length += key_states.shape[2]
-        return self._handle(0), self._handle(1)
+        return self._handle(key_states, 0), self._handle(value_states, 1)
 
-    def _handle(self, part: Literal[0, 1]) -> Handle:
-        assert self._pending is not None
-        new = self._pending[part]
-        shape = (*new.shape[:2], self.length, new.shape[3])
+    @property
+    def width(self) -> int:
+        """Columns of handles and masks."""
+        return self.length
+
+    def _handle(self, new: Tensor, part: Literal[0, 1]) -> Handle:
+        shape = (*new.shape[:2], self.width, new.shape[3])
         handle = new.as_strided(shape, (0, 0, 0, 0)).as_subclass(Handle)
         handle.layer, handle.part = self, part
         return handle
@@ -125,6 +128,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.length = 0
         self.columns = self._pending = self._dense = None
         self.is_initialized = False
+
+    def restore(self, length: int, columns: Tensor | None) -> None:
+        """Become the layer of `length` columns whose tokens `paged` now holds."""
+        self.length, self.columns = length, columns
+        self._pending = self._dense = None
+        self.is_initialized = length > 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` columns; see `PagedLayer.crop` for what stays exact.
@@ -199,6 +208,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._store_columns(real, k)
         self._pending = None
         if is_first and self.exact_prefill and options.get("softcap") is None:
+            mask = None if mask is None else mask[..., : self.length]
             out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **options)
             self.paged.append(k, v, real)
             return out  # type: ignore[no-any-return]
@@ -220,9 +230,9 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def dense(self) -> tuple[Tensor, Tensor]:
         """All keys and values `[B, Hkv, T, D]` in the model's dtype, zeros where columns are padding."""
         if self._dense is None:
-            pending, is_first = self._pending, self.paged.is_empty
+            pending = self._pending
             self._flush()
-            if pending is not None and is_first and self.exact_prefill:
+            if pending is not None and pending[0].shape[2] == self.length and self.exact_prefill:
                 self._dense = pending
             else:
                 self._dense = self._rectangular(*self.paged.materialize())

@@ -22,7 +22,8 @@ class MaskReader:
         """Which of the `new` columns are real tokens, bool `[B, new]`; None if all of them are.
 
         Args:
-            mask: bool (true: attend) or additive, `[B, 1, new, length]`; None is causal.
+            mask: bool (true: attend) or additive, `[B, 1, new, length]`, or wider, as for a static
+                cache, with what lies beyond hidden; None is causal.
             columns: bool `[B, length - new]`, the earlier columns; None if all are real.
 
         Raises:
@@ -35,13 +36,34 @@ class MaskReader:
             self._mask, self._length = weakref.ref(mask), length
         return self._real
 
+    def check_step(self, mask: Tensor | None, lengths: Tensor) -> None:
+        """Refuse the mask `[B, 1, 1, N]` of a step if it shows other than all tokens, `lengths` `[B]`.
+
+        Raises:
+            ValueError: it does.
+        """
+        if mask is None or (self._mask is not None and self._mask() is mask):
+            return
+        if not torch.equal(_allowed(mask, len(lengths), 1).sum((1, 2)), lengths.long()):
+            raise ValueError(
+                "every token of a step is real in a static cache, and this attention mask hides some "
+                "or shows more; pass a 2D padding mask that keeps earlier columns, and ends with ones"
+            )
+        self._mask = weakref.ref(mask)
+
+
+def _allowed(mask: Tensor, batch: int, new: int) -> Tensor:
+    """What each query may see, bool `[B, new, N]`."""
+    allowed = mask if mask.dtype == torch.bool else mask == 0
+    return allowed.expand(batch, 1, new, -1)[:, 0]
+
 
 def _read(mask: Tensor, columns: Tensor | None, length: int, new: int, batch: int) -> Tensor | None:
-    allowed = mask if mask.dtype == torch.bool else mask == 0
-    allowed = allowed.expand(batch, 1, new, -1)[:, 0]
+    every = _allowed(mask, batch, new)
+    allowed = every[..., :length]
     # the newest query sees every real column, so what it does not see is padding
     visible = allowed[:, -1]
-    if not _is_causal(allowed, visible, columns, length):
+    if bool(every[..., length:].any()) or not _is_causal(allowed, visible, columns, length):
         raise ValueError(
             "bitkv attends causally with padding only, and this attention mask asks for something "
             "else; pass a 2D padding mask that keeps earlier columns as they were"
