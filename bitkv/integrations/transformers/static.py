@@ -82,8 +82,14 @@ class StaticPackedLayer(PackedLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take new keys and values `[B, Hkv, T, D]`; a step stores them here. Returns handles to all."""
+        """Take new keys and values `[B, Hkv, T, D]`; a step stores them here. Returns handles to all.
+
+        Raises:
+            ValueError: more than a step in compiled code.
+        """
         if not self.is_initialized or key_states.shape[2] > self.paged.step_tokens:
+            if torch.compiler.is_compiling():
+                _refuse_prompt()
             return super().update(key_states, value_states, *args, **kwargs)
         if self._pending is not None:
             self._flush()
@@ -180,3 +186,11 @@ class StaticPackedLayer(PackedLayer):
 def _alike(x: Tensor, y: Tensor) -> bool:
     """Whether tokens `y` `[B, Hkv, T, D]` fit a window `x`."""
     return (x.shape[0], x.dtype, x.device) == (y.shape[0], y.dtype, y.device)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _refuse_prompt() -> None:
+    raise ValueError(
+        "only steps of a static cache can be compiled, not the reading of a prompt; compile the model "
+        "for one token at a time, and in generate() pass disable_compile=True with prefill_chunk_size"
+    )
