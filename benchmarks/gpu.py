@@ -469,43 +469,104 @@ def measure_generation(bench: Bench) -> None:
 
     A difference is a tie of logits if the two best were closer there than 16 bits can tell apart.
     """
-    from bitkv.generation import checkpoint
     from bitkv.integrations.transformers import PackedCache
 
     if bench.left < 60:
         print("no time left to generate", flush=True)
         return
-    name = checkpoint.locate(None)
-    model = checkpoint.load_model(name, "float16" if not bench.dry else "float32", bench.device.type)
-    tokenizer = checkpoint.load_tokenizer(name)
-    text = (Path(name) / "heldout.txt").read_text(encoding="utf-8")[:4000]
-    limit, count = (40, 4) if bench.dry else (800, GENERATED)
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :limit].to(bench.device)
-    for text in ("kivi2",) if bench.dry else ("kivi4", "kivi2", "best2", "best1", "fp16"):
-        outs = []
-        for backend in ("auto", "reference"):
-            cache = PackedCache(model.config, text, backend=backend)
-            start = time.perf_counter()
-            out = model.generate(
-                ids,
-                past_key_values=cache,
-                do_sample=False,
-                min_new_tokens=count,
-                max_new_tokens=count,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-            outs.append((out, last_backend(), 1e6 * (time.perf_counter() - start) / count))
-        (mine, backend, us), (theirs, _, _) = outs
-        a, b = (x.sequences[0, ids.shape[1] :].tolist() for x in (mine, theirs))
-        same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), count)
-        note = f"backend {backend}: {same} of {count} tokens as the reference's"
-        if same < count:
-            top = theirs.logits[same][0].float().topk(2).values
-            note += f"; there its two best logits are {float(top[0] - top[1]):.1e} apart"
+    model, ids = bundled(bench)
+    for text in generated_recipes(bench):
+        theirs, _ = greedy(bench, model, ids, PackedCache(model.config, text, backend="reference"))
+        mine, us = greedy(bench, model, ids, PackedCache(model.config, text))
+        backend = last_backend()
         if not bench.dry and backend != "triton":
             raise SystemExit(f"generation on a GPU ran on backend {backend}, not on triton")
-        bench.add(Row("generate", text, batch=1, context=limit, us=None if bench.dry else us, note=note))
+        note = f"backend {backend}: {agreement(mine, theirs, ids.shape[1])} as the reference's"
+        bench.add(Row("generate", text, batch=1, context=ids.shape[1], us=us, note=note))
+
+
+def measure_static_generation(bench: Bench) -> None:
+    """The same from a static cache, whose step `generate` compiles on a GPU and replays as a CUDA graph.
+
+    The first call compiles and captures, the second is timed; both against a growing cache.
+
+    Raises:
+        SystemExit: steps were compiled anew while the cache grew.
+    """
+    from torch._dynamo.utils import counters
+
+    from bitkv.integrations.transformers import PackedCache
+
+    model, ids = bundled(bench)
+    for text in generated_recipes(bench):
+        if bench.left < 60:
+            print(f"no time left to compile generation from {text}", flush=True)
+            return
+        expected, _ = greedy(bench, model, ids, PackedCache(model.config, text))
+        cache = PackedCache(model.config, text, max_cache_len=ids.shape[1] + GENERATED)
+        counters.clear()
+        torch._dynamo.reset()
+        greedy(bench, model, ids, cache)
+        cache.reset()
+        mine, us = greedy(bench, model, ids, cache)
+        graphs, skips = counters["stats"]["unique_graphs"], counters["inductor"]["cudagraph_skips"]
+        note = f"static, {graphs} graph compiled, {skips} not captured: "
+        note += f"{agreement(mine, expected, ids.shape[1])} as a growing cache's"
+        bench.add(Row("generate", text, batch=1, context=ids.shape[1], us=us, note=note))
+        if graphs != 1:
+            raise SystemExit(f"{text}: {graphs} graphs were compiled for the steps of one static cache")
+
+
+def bundled(bench: Bench) -> tuple[Any, Tensor]:
+    """The bundled model and a prompt `[1, T]` that it has not seen."""
+    from bitkv.generation import checkpoint
+
+    name = checkpoint.locate(None)
+    model = checkpoint.load_model(name, "float32" if bench.dry else "float16", bench.device.type)
+    text = (Path(name) / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    ids = checkpoint.load_tokenizer(name)(text, return_tensors="pt")["input_ids"]
+    return model, ids[:, : 40 if bench.dry else 800].to(bench.device)
+
+
+def generated_recipes(bench: Bench) -> tuple[str, ...]:
+    return ("kivi2",) if bench.dry else ("kivi4", "kivi2", "best2", "best1", "fp16")
+
+
+def greedy(bench: Bench, model: Any, ids: Tensor, cache: Any) -> tuple[Any, float | None]:
+    """What `generate` returns, with logits, and microseconds a token, the prompt included.
+
+    In a dry run static caches are compiled too, though by no code generator.
+    """
+    from transformers import CompileConfig
+
+    options: dict[str, Any] = {}
+    if bench.dry and cache.is_compileable:
+        options["compile_config"] = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
+        options["compile_config"]._compile_all_devices = True
+    count = 4 if bench.dry else GENERATED
+    start = time.perf_counter()
+    out = model.generate(
+        ids,
+        past_key_values=cache,
+        do_sample=False,
+        min_new_tokens=count,
+        max_new_tokens=count,
+        return_dict_in_generate=True,
+        output_logits=True,
+        **options,
+    )
+    return out, None if bench.dry else 1e6 * (time.perf_counter() - start) / count
+
+
+def agreement(mine: Any, theirs: Any, prompt: int) -> str:
+    """How many tokens come before the first that differs, and how close a choice it was."""
+    a, b = (x.sequences[0, prompt:].tolist() for x in (mine, theirs))
+    same = next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(b))
+    note = f"{same} of {len(b)} tokens"
+    if same < len(b):
+        top = theirs.logits[same][0].float().topk(2).values
+        note += f" (its two best logits there are {float(top[0] - top[1]):.1e} apart)"
+    return note
 
 
 # --- reporting --------------------------------------------------------------------------------------
@@ -555,6 +616,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "attention": measure_main,
     "replay": check_steps,
     "generate": measure_generation,
+    "static": measure_static_generation,
     "storing": measure_storing,
     "more": measure_rest,
     "checks": check_rest,

@@ -33,6 +33,7 @@ def test_a_dry_run_checks_every_stage_and_times_nothing(tmp_path):
     assert all(row["error"] < 0.01 for row in rows if row["error"] is not None)
     assert record["environment"]["device"] == "cpu, interpreted"
     assert "4 of 4 tokens as the reference's" in done.stdout
+    assert "1 graph compiled, 0 not captured: 4 of 4 tokens as a growing cache's" in done.stdout
     assert "replayed steps equal eager ones" in done.stdout
 
 

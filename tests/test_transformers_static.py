@@ -102,6 +102,17 @@ def test_generate_compiles_it_as_on_a_gpu(bundled, text):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
+def test_a_step_after_a_short_prompt_can_be_compiled(bundled, text):
+    """No page was packed before that could have prepared anything."""
+    torch._dynamo.reset()
+    compiled = torch.compile(bundled, fullgraph=True, backend="aot_eager")
+    prompt = Prompt(text[:, :9], torch.ones(1, 9, dtype=torch.long))
+    with torch.no_grad():
+        caches = (PackedCache(bundled.config, "kivi2", max_cache_len=n) for n in (None, 20))
+        out = [decode(bundled, prompt, *x, 3) for x in zip(caches, (bundled, compiled), strict=True)]
+    assert torch.equal(*out)
+
+
 def test_only_steps_can_be_compiled(bundled, text):
     torch._dynamo.reset()
     compiled = torch.compile(bundled, backend="aot_eager")

@@ -102,7 +102,8 @@ class StaticLayer(PagedLayer):
         if reason := why_not(k.device, form, levels):
             raise ValueError(f"a static cache {reason}")
         super().allocate(k)
-        # computed here, where no compiler looks on
+        # properties that are computed once are computed here, where no compiler looks on
+        form = self.format
         self._numbers = form.key.numbers, form.value.numbers, levels, form.key.layout
 
     def set_sequences(self, tables: Sequence[Sequence[int]], hot: Sequence[int]) -> None:
