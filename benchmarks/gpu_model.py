@@ -81,7 +81,7 @@ class Kernel:
 
 
 def compiled(form: Format) -> Kernel:
-    """The attention kernel as `bitkv.attention.triton` launches it for a decode step."""
+    """The attention kernel, launched as for a decode step. The merge is compiled with it."""
     amd = form.target.startswith("gfx")
     launch = backend.launch_of(form.page, form.heads, amd=amd)
     variant = Variant.of(
@@ -95,11 +95,15 @@ def compiled(form: Format) -> Kernel:
         interpreted=False,
     )
     x = "*bf16" if form.dtype == "bfloat16" else "*fp16"
+    target = GPUTarget("hip", form.target, 64) if amd else GPUTarget("cuda", int(form.target[3:]), 32)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
+    x = "*bf16" if form.dtype == "bfloat16" else "*fp16"
+    parts = backend.Result("*fp32", "*fp32", "i32")
     signature = {
         "queries": backend.Queries(x, "*i64", *["i32"] * 7),
         "cache": backend.Cache("*u8", "*i32", "*i32", x, x, "*i32", *["i32"] * 5),
         "score": backend.Score("fp32", "fp32", "i32"),
-        "result": backend.Result("*fp32", "*fp32", "i32"),
+        "result": parts,
         "F": "constexpr",
     }
     aligned = [*((0, i) for i in range(5)), *((1, i) for i in (*range(6), 8, 9)), (3, 0), (3, 1)]
@@ -109,9 +113,14 @@ def compiled(form: Format) -> Kernel:
         constexprs={(4,): variant},
         attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
-    target = GPUTarget("hip", form.target, 64) if amd else GPUTarget("cuda", int(form.target[3:]), 32)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": True}
     kernel = triton.compile(source, target=target, options=options)
+    signature = {"parts": parts, "result": parts._replace(out=x), "splits": "i32"}
+    merge = ASTSource(
+        triton_kernels.merge_kernel,
+        signature=signature | dict.fromkeys(("CHANNELS", "SPLITS", "F"), "constexpr"),
+        constexprs={(3,): 32, (4,): 64, (5,): variant},
+    )
+    triton.compile(merge, target=target)
     if amd:
         return Kernel("", kernel.asm["amdgcn"], launch.warps, 0, 0, kernel.metadata.shared)
     text, usage = _disassembled(kernel.asm["cubin"])

@@ -321,6 +321,27 @@ def decode_cache() -> str:
     return by_context(rows("decode"), lambda row: f"{row['cache_ms']:.3g}")
 
 
+def gpu_model() -> str:
+    """What the attention kernel's main loop takes on a GPU, by its instructions."""
+    lines = [
+        [
+            f"{row['bits']}",
+            f"{row['group']}",
+            f"{row['bits_per_element']:.2f}",
+            f"{row['instructions']:,}",
+            f"{row['mma']}",
+            f"{row['conversions_per_code']:.2f}",
+            f"{row['memory_ns']:.0f}",
+            *(f"{row['issue_ns'][c]:.0f} ({row['issue_fraction'][c]:.2f})" for c in row["issue_ns"]),
+            f"{row['tensor_fraction']:.2f}",
+        ]
+        for row in rows("gpu_model")
+    ]
+    headings = ["code bits", "group", "bits", "instructions", "of tensor cores", "conversions a code"]
+    times = ["memory ns", "issue ns at 1.98 GHz", "at 1.755 GHz", "tensor cores"]
+    return markdown([*headings, *times], lines)
+
+
 def recipes() -> str:
     """Every preset, measured on a page."""
     lines = []
@@ -347,6 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "decode_cache": decode_cache,
     "decode_worst": decode_worst,
+    "gpu_model": gpu_model,
 }
 
 

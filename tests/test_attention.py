@@ -156,7 +156,7 @@ CASES = [
 
 
 def assert_rule(case: Case, backend: str) -> None:
-    """The error is at most twice that of PyTorch in the same dtype; "triton" has no dtype above 16 bits."""
+    """At most twice the error of PyTorch in the same dtype; "triton" has none above 16 bits."""
     layer = filled(case.recipe, case.lengths, case.kv_heads, case.head_dim, case.dtype, backend)
     q = torch.randn(len(case.lengths), case.heads, case.queries, case.head_dim).to(case.dtype)
     lengths = torch.tensor(case.lengths)[:, None]

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from bitkv.pages import WORD_BITS, PageFormat, PartFormat
 
+HOT_TOKENS = 32  # of the hot window, that a program takes at a time
+
 
 def power_of_two(n: int) -> int:
     """The extent of a tile that holds n rows or words; tensor cores want 16."""

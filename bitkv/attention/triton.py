@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.attention.tiling import Variant
+from bitkv.attention.tiling import HOT_TOKENS, Variant
 from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
 
-HOT_TOKENS = 32  # of the hot window, that a program takes at a time
 _DTYPES = tuple(RAW_DTYPES.values())
 _EVERY_TOKEN = 2**30  # a window that hides nothing
 _MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
@@ -155,65 +154,70 @@ def _attend(
         window: `2**30` for none.
         softcap: 0 for none.
     """
-    from bitkv.attention import triton_kernels as kernels
-
-    form = _format(tuple(key), tuple(value))
     q = q if q.stride(3) == 1 else q.contiguous()
     pages = pages.contiguous()
     block_table, packed_len, hot_len = (x.contiguous() for x in (block_table, packed_len, hot_len))
     if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
-    batch, heads, count, head_dim = q.shape
-    kv_heads, rows = hot_k.shape[1], batch * heads * count
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(batch, heads, count, dtype=torch.float32)
-    if not rows:
-        return out, lse
-    ratio = heads // kv_heads
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     last = hot_len.unsqueeze(1) if positions is None else positions  # where it is None, nobody looks
-    chosen = launch_of(form, ratio * count, amd=torch.version.hip is not None)
-    grid = kv_heads * -(-ratio * count // chosen.columns), batch
+    queries = Queries(
+        *(q, last, q.stride(0), q.stride(1), q.stride(2), last.stride(0), last.stride(1)),
+        *(q.shape[1] // hot_k.shape[1], q.shape[2]),
+    )
+    cache = Cache(
+        *(pages, block_table, packed_len, hot_k, hot_v, hot_len),
+        *(hot_k.shape[1], block_table.shape[1], *hot_k.stride()[:2], num_sink_tokens),
+    )
+    if lse.numel():
+        with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+            form = _format(tuple(key), tuple(value))
+            score = Score(scale * log2(e), softcap, window)
+            _launch(form, queries, cache, score, Result(out, lse, lse.numel()), positions is None)
+    return out, lse
+
+
+def _launch(
+    form: PageFormat, queries: Queries, cache: Cache, score: Score, result: Result, causal: bool
+) -> None:
+    """Run the kernels; with one split the first one writes the result itself."""
+    from bitkv.attention import triton_kernels as kernels
+
+    q, amd = queries.q, torch.version.hip is not None
+    columns = queries.ratio * queries.length
+    chosen = launch_of(form, columns, amd=amd)
+    grid = cache.kv_heads * -(-columns // chosen.columns), q.shape[0]
     slots = _processors(q.device) * chosen.programs
-    splits = splits_of(grid[0] * grid[1], block_table.shape[1], hot_k.shape[2], slots)
-    result = Result(out, lse, rows)
-    if splits > 1:
-        result = Result(
-            q.new_empty(splits, rows, head_dim, dtype=torch.float32),
-            q.new_empty(splits, rows, dtype=torch.float32),
-            rows,
-        )
+    splits = splits_of(grid[0] * grid[1], cache.table_width, cache.hot_k.shape[2], slots)
     variant = Variant.of(
         form,
         chosen.tile,
         chosen.columns,
-        causal=positions is None,
-        window=window < _EVERY_TOKEN,
-        softcap=softcap > 0,
-        assembly=q.is_cuda and torch.version.hip is None,
+        causal=causal,
+        window=score.window < _EVERY_TOKEN,
+        softcap=score.softcap > 0,
+        assembly=q.is_cuda and not amd,
         interpreted=interpreted(),
     )
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        kernels.attend_kernel[splits, *grid](
-            Queries(
-                *(q, last, q.stride(0), q.stride(1), q.stride(2)),
-                *(last.stride(0), last.stride(1), ratio, count),
-            ),
-            Cache(
-                *(pages, block_table, packed_len, hot_k, hot_v, hot_len),
-                *(kv_heads, block_table.shape[1], *hot_k.stride()[:2], num_sink_tokens),
-            ),
-            Score(scale * log2(e), softcap, window),
-            result,
-            variant,
-            num_warps=chosen.warps,
-            num_stages=chosen.stages,
-        )
-        if splits > 1:
-            blocks = -(-head_dim // _MERGED_CHANNELS)
-            kernels.merge_kernel[rows, blocks](
-                *result[:2], out, lse, rows, splits, head_dim, _MERGED_CHANNELS, _MERGED_SPLITS, variant
-            )
-    return out, lse
+    parts = result
+    if splits > 1:
+        out = q.new_empty(splits, result.rows, form.head_dim, dtype=torch.float32)
+        parts = Result(out, q.new_empty(out.shape[:2], dtype=torch.float32), result.rows)
+    kernels.attend_kernel[splits, *grid](
+        queries,
+        cache,
+        score,
+        parts,
+        variant,
+        num_warps=chosen.warps,
+        num_stages=chosen.stages,
+        enable_fp_fusion=True,
+    )
+    if splits > 1:
+        blocks = -(-form.head_dim // _MERGED_CHANNELS)
+        block = _MERGED_CHANNELS, _MERGED_SPLITS
+        kernels.merge_kernel[result.rows, blocks](parts, result, splits, *block, variant)
 
 
 triton_attend = torch.library.custom_op("bitkv::triton_attend", _attend, mutates_args=())
