@@ -247,7 +247,7 @@ def test_one_warp_serves_up_to_eight_queries_of_codes():
     form = new_layer("kivi2").page_format(128, HALF)
     assert launch_of(form, 1)[:3:2] == launch_of(form, 8)[:3:2] == (8, 1)
     assert launch_of(form, 4, amd=True).columns == 16
-    assert launch_of(form, 1000).columns == 64
+    assert launch_of(form, 1000).columns == 32
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(1, 64), (1, 128), (2, 96), (4, 80), (8, 256)])

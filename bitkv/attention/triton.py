@@ -101,13 +101,15 @@ def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
     one warp need the fewest, without barriers and without an exchange of weights between warps. They
     take tiles that leave them registers. Unquantized pages and many queries need more warps.
     """
-    columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 64)
+    columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 32)
     if form.key.is_raw or form.value.is_raw:
         return Launch(columns, 128, 4, 1, 3)
     if columns > 16:
         return Launch(columns, 128, 4, 2, 2)
-    tile = 16 if max(form.key.bits, form.value.bits) > 2 else 32
-    return Launch(columns, tile, 1 if columns * form.head_dim <= 1024 else 2, 2, 8)
+    bits = max(form.key.bits, form.value.bits)
+    if columns * form.head_dim > 1024 or bits > 4:
+        return Launch(columns, 32, 2 if form.head_dim <= 128 else 4, 2, 4)
+    return Launch(columns, 32 if bits <= 2 else 16, 1, 2, 8)
 
 
 def splits_of(grid: int, max_pages: int, hot_capacity: int, slots: int) -> int:

@@ -187,10 +187,11 @@ def page_scores(page, q, factor, RAW: tl.constexpr, F: tl.constexpr):
         page: pointer to the page's bytes.
         q, factor: queries for each slot of keys and a factor `[columns]`, see `_prepare_queries`.
     """
-    if F.keys.is_raw:
+    K: tl.constexpr = F.keys
+    if K.is_raw:
         acc = tl.full((F.page_size, F.columns), 0.0, tl.float32)
-        return dot(load_words(page, 0, F.keys, RAW), q[0], acc, F), factor, 0.0
-    elif F.keys.by_row:
+        return dot(load_words(page, 0, K, RAW), q[0], acc, F), factor, 0.0
+    elif K.by_row:
         return _token_scores(page, q, factor, F)
     else:
         return _channel_scores(page, q, factor, F)
