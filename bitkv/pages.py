@@ -8,7 +8,7 @@ few vectors.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,13 +17,15 @@ from torch import Tensor
 Granularity = Literal["channel", "token"]
 
 CODE_BITS = (1, 2, 4, 8)
+# in the order of DType in csrc/page.h
 RAW_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 PAGE_SIZES = (64, 128)
 WORD_BITS = 16
 MIN_WORDS_PER_ROW = 16  # the contraction depth of a 16-bit tensor-core instruction
 LANES = 16  # rows side by side in a vector of the layout "lanes"
 
-_DTYPE_NUMBERS = {"float16": 0, "bfloat16": 1, "float32": 2}  # DType in csrc/page.h
+Numbers = tuple[int, int, int, int, int, int]
+"""`PartFormat.numbers`."""
 _RAW_WORDS = {16: torch.int16, 32: torch.int32}
 _PAGES_AT_ONCE = 64  # converted together: bounds the temporaries
 
@@ -258,10 +260,10 @@ class PartFormat:
         return 8 * self.nbytes / (self.page_size * self.head_dim)
 
     @cached_property
-    def numbers(self) -> tuple[int, int, int, int, int, int]:
+    def numbers(self) -> Numbers:
         """What native kernels take: `Part` in csrc/page.h, field by field."""
         row_scales = int(self.site == "key" and self.granularity == "token")
-        dtype = _DTYPE_NUMBERS[self.dtype]
+        dtype = list(RAW_DTYPES).index(self.dtype)
         return self.bits, self.rows, self.columns, self.group_size, row_scales, dtype
 
     def pack(self, q: QuantizedTensor) -> Tensor:
@@ -293,12 +295,27 @@ class PartFormat:
         return torch.unflatten(x, -1, (-1, self.page_size)).transpose(-1, -2)
 
 
+def _part(site: Literal["key", "value"], numbers: Numbers, layout: str) -> PartFormat:
+    """Inverse of `PartFormat.numbers`."""
+    bits, rows, columns, group_size, row_scales, dtype = numbers
+    page_size, head_dim = (rows, columns) if site == "key" else (columns, rows)
+    granularity: Granularity = "token" if row_scales or site == "value" else "channel"
+    name = list(RAW_DTYPES)[dtype]
+    return PartFormat(site, bits, granularity, group_size, head_dim, page_size, name, layout)
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """The bytes of a page: a key part, then a value part. All that a kernel knows about a codec."""
 
     key: PartFormat
     value: PartFormat
+
+    @staticmethod
+    @cache
+    def of_numbers(key: Numbers, value: Numbers, layout: str = "strided") -> "PageFormat":
+        """The format whose parts have these `PartFormat.numbers`."""
+        return PageFormat(_part("key", key, layout), _part("value", value, layout))
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "page_size", "layout"):

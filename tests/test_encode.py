@@ -2,45 +2,40 @@
 
 import itertools
 import math
+from functools import partial
 
+import encoding
 import pytest
 import torch
+from encoding import (
+    DTYPES,
+    SEARCHED,
+    SHAPES,
+    SITES,
+    by_group,
+    errors,
+    pages_of,
+    room_for,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bitkv import native
 from bitkv.codecs import Affine, Codec, Unquantized
-from bitkv.codecs.affine import tail_weights
 from bitkv.pages import PartFormat
 
 if native.why_not():
     pytest.skip(native.why_not(), allow_module_level=True)
 
 ISAS = native.module().isas()
-SITES = (("key", "channel"), ("key", "token"), ("value", "token"))
-SHAPES = ((64, 64), (128, 80), (64, 96), (128, 128), (128, 256))  # page_size, head_dim
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SEARCHED = ("mse", "unbiased")
-UNTOUCHED = 0xA5
-
-
-def form_of(codec: Codec, site: str, x: Tensor) -> PartFormat | None:
-    """The part of pages `x`; None where the group does not divide."""
-    page_size, head_dim = x.shape[-2:]
-    try:
-        return codec.part_format(
-            site, head_dim=head_dim, page_size=page_size, dtype=x.dtype, layout="lanes"
-        )
-    except ValueError:
-        return None
+form_of = partial(encoding.form_of, layout="lanes")
 
 
 def encode(isa: str, codec: Codec, x: Tensor, form: PartFormat, *, threads: int = 2) -> Tensor:
     """What the kernel writes for `[pages, heads, page_size, head_dim]`, and that it writes no more."""
-    pages, heads = x.shape[:2]
-    margin = 64
-    out = torch.full((pages, heads, form.nbytes + margin), UNTOUCHED, dtype=torch.uint8)
+    out = room_for(x, form)
     native.module().encode(
         isa,
         x.data_ptr(),
@@ -54,30 +49,7 @@ def encode(isa: str, codec: Codec, x: Tensor, form: PartFormat, *, threads: int 
         out.stride()[:2],
         threads,
     )
-    assert (out[..., form.nbytes :] == UNTOUCHED).all()
-    return out[..., : form.nbytes].contiguous()
-
-
-def pages_of(
-    page_size: int, head_dim: int, dtype: torch.dtype, *, pages: int = 2, seed: int = 0
-) -> Tensor:
-    """Two heads of pages whose channels differ in size and mean, as keys do."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(pages, 2, page_size, head_dim, generator=generator)
-    spread = 3 * torch.rand(head_dim, generator=generator)
-    return (x * spread + torch.randn(head_dim, generator=generator)).to(dtype)
-
-
-def by_group(x: Tensor, codec: Affine) -> Tensor:
-    x = x.transpose(-1, -2) if codec.granularity == "channel" else x
-    size = x.shape[-1] if codec.group_size == "page" else codec.group_size
-    return x.unflatten(-1, (-1, size))
-
-
-def errors(codec: Affine, x: Tensor, restored: Tensor) -> Tensor:
-    """The error that a search minimizes, of each group."""
-    weights = tail_weights(by_group(x.float(), codec), codec.bits)
-    return (weights * by_group(restored - x.float(), codec).square()).double().sum(-1)
+    return written(out, form)
 
 
 # --- min-max: the same bytes ------------------------------------------------------------------------

@@ -240,6 +240,15 @@ def test_native_kernels_get_a_part_as_the_numbers_of_csrc_page_h():
     assert raw.numbers == (16, 96, 64, 96, False, 1)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("granularity", ["channel", "token"])
+def test_a_format_follows_from_its_numbers(granularity, layout):
+    value = part("value", "token", 1, "page", 64, 80, layout)
+    raw = PartFormat("value", 16, "token", 80, 80, 64, "bfloat16", layout)
+    for form in (PageFormat(part("key", granularity, 4, 16, 64, 80, layout), v) for v in (value, raw)):
+        assert PageFormat.of_numbers(form.key.numbers, form.value.numbers, layout) == form
+
+
 def half_bytes(x: Tensor) -> bytes:
     return b"".join(struct.pack("<e", value) for value in x.flatten().tolist())
 

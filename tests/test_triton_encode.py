@@ -5,45 +5,34 @@ import math
 
 import pytest
 import torch
+from encoding import (
+    DTYPES,
+    SEARCHED,
+    SHAPES,
+    SITES,
+    by_group,
+    errors,
+    form_of,
+    pages_of,
+    room_for,
+    written,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from bitkv.codecs import Affine, Codec, Unquantized
-from bitkv.codecs.affine import tail_weights
 from bitkv.pages import PartFormat
 
 pytest.importorskip("triton", reason="kernels for GPUs need Triton")
 kernels = pytest.importorskip("bitkv.codecs.triton")
 
-SITES = (("key", "channel"), ("key", "token"), ("value", "token"))
-SHAPES = ((128, 128), (64, 64), (128, 80), (64, 96), (128, 256))  # page_size, head_dim
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-SEARCHED = ("mse", "unbiased")
-UNTOUCHED = 0xA5
-
-
-def form_of(codec: Codec, site: str, x: Tensor) -> PartFormat | None:
-    """The part of pages `x`; None where the group does not divide."""
-    page_size, head_dim = x.shape[-2:]
-    try:
-        return codec.part_format(site, head_dim=head_dim, page_size=page_size, dtype=x.dtype)
-    except ValueError:
-        return None
-
 
 def encode(codec: Codec, x: Tensor, form: PartFormat) -> Tensor:
     """What the kernel writes for `[pages, heads, page_size, head_dim]`, and that it writes no more."""
-    out = torch.full((*x.shape[:2], form.nbytes + 64), UNTOUCHED, dtype=torch.uint8)
+    out = room_for(x, form)
     kernels.encode(x, form, codec.native_levels, out[..., : form.nbytes])
-    assert (out[..., form.nbytes :] == UNTOUCHED).all()
-    return out[..., : form.nbytes].contiguous()
-
-
-def pages_of(page_size: int, head_dim: int, dtype: torch.dtype, *, pages: int = 1) -> Tensor:
-    """Two heads of pages whose channels differ in size and mean, as keys do."""
-    x = torch.randn(pages, 2, page_size, head_dim)
-    return (x * 3 * torch.rand(head_dim) + torch.randn(head_dim)).to(dtype)
+    return written(out, form)
 
 
 # --- min-max: the same bytes ------------------------------------------------------------------------
@@ -55,7 +44,7 @@ def pages_of(page_size: int, head_dim: int, dtype: torch.dtype, *, pages: int = 
 def test_minmax_bytes_are_those_of_the_python_codec(bits, site, granularity, page_size, head_dim):
     for group_size, dtype in zip((32, 64, 128, "page"), itertools.cycle(DTYPES), strict=False):
         codec = Affine(bits, granularity, group_size)
-        x = pages_of(page_size, head_dim, dtype)
+        x = pages_of(page_size, head_dim, dtype, pages=1)
         if form := form_of(codec, site, x):
             assert torch.equal(encode(codec, x, form), form.pack(codec.quantize(x)))
 
@@ -67,16 +56,21 @@ def test_minmax_bytes_are_those_of_the_python_codec(bits, site, granularity, pag
     head_dim=st.integers(1, 17).map(lambda n: 16 * n),
     dtype=st.sampled_from(DTYPES),
     magnitude=st.integers(-30, 20),
+    seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=25)
 def test_minmax_bytes_are_the_same_for_any_head_and_size(
-    bits, site, page_size, head_dim, dtype, magnitude
+    bits, site, page_size, head_dim, dtype, magnitude, seed
 ):
-    x = (pages_of(page_size, head_dim, torch.float32) * 2.0**magnitude).to(dtype)
+    x = (pages_of(page_size, head_dim, torch.float32, pages=1, seed=seed) * 2.0**magnitude).to(dtype)
     x += 0.0  # which of 0 and -0 is less is left open
     codec = Affine(bits, site[1], "page")
     form = form_of(codec, site[0], x)
-    assert torch.equal(encode(codec, x, form), form.pack(codec.quantize(x)))
+    mine, python = encode(codec, x, form), form.pack(codec.quantize(x))
+    assert torch.equal(mine[..., : form.code_bytes], python[..., : form.code_bytes])
+    # as numbers: of what rounds to 0 in float16, Triton's interpreter loses the sign
+    (_, *mine, _), (_, *python, _) = form.unpack(mine), form.unpack(python)
+    assert all(torch.equal(x, y) for x, y in zip(mine, python, strict=True))
 
 
 @pytest.mark.parametrize(("site", "granularity"), SITES)
@@ -93,25 +87,13 @@ def test_tokens_may_lie_apart(site, granularity):
 @pytest.mark.parametrize("site", ["key", "value"])
 @pytest.mark.parametrize(("page_size", "head_dim"), [*SHAPES, (64, 16)])
 def test_unquantized_pages_hold_the_numbers_themselves(page_size, head_dim, site, dtype):
-    codec, x = Unquantized(), pages_of(page_size, head_dim, dtype)
+    codec, x = Unquantized(), pages_of(page_size, head_dim, dtype, pages=1)
     x[0, 0, 0, :3] = torch.tensor([math.inf, -0.0, math.nan])
     form = form_of(codec, site, x)
     assert torch.equal(encode(codec, x, form), form.pack(codec.quantize(x)))
 
 
 # --- searched levels: the same steps ----------------------------------------------------------------
-
-
-def by_group(x: Tensor, codec: Affine) -> Tensor:
-    x = x.transpose(-1, -2) if codec.granularity == "channel" else x
-    size = x.shape[-1] if codec.group_size == "page" else codec.group_size
-    return x.unflatten(-1, (-1, size))
-
-
-def errors(codec: Affine, x: Tensor, restored: Tensor) -> Tensor:
-    """The error that a search minimizes, of each group."""
-    weights = tail_weights(by_group(x.float(), codec), codec.bits)
-    return (weights * by_group(restored - x.float(), codec).square()).double().sum(-1)
 
 
 @pytest.mark.parametrize(("site", "granularity"), SITES)
@@ -131,7 +113,7 @@ def test_searched_codes_are_those_of_the_python_codec(bits, site, granularity):
 def test_searched_error_is_that_of_the_python_codec_and_below_that_of_minmax(bits, page_size, head_dim):
     for (site, granularity), group_size in itertools.product(SITES, (32, "page")):
         codec = Affine(bits, granularity, group_size, "mse")
-        x = pages_of(page_size, head_dim, torch.bfloat16)
+        x = pages_of(page_size, head_dim, torch.bfloat16, pages=1)
         x[:, :, 5] *= 40
         if form := form_of(codec, site, x):
             mine = errors(codec, x, codec.dequantize(form.unpack(encode(codec, x, form))))
@@ -149,7 +131,7 @@ def test_searched_error_is_that_of_the_python_codec_and_below_that_of_minmax(bit
 @pytest.mark.parametrize(("site", "granularity"), SITES)
 @pytest.mark.parametrize("bits", [1, 4])
 def test_infinities_saturate(bits, site, granularity):
-    x = pages_of(64, 80, torch.float16, pages=2)
+    x = pages_of(64, 80, torch.float16)
     x[0, 0, 3, 7], x[1, 1, 60, 79] = math.inf, -math.inf
     codec = Affine(bits, granularity, "page")
     form = form_of(codec, site, x)
@@ -161,7 +143,7 @@ def test_infinities_saturate(bits, site, granularity):
 @pytest.mark.parametrize(("site", "granularity"), SITES)
 @pytest.mark.parametrize("bits", [1, 2])
 def test_a_nan_shows_in_its_whole_group_and_nowhere_else(bits, site, granularity, levels):
-    x = pages_of(64, 96, torch.float16)
+    x = pages_of(64, 96, torch.float16, pages=1)
     x[0, 0, 3, 7] = x[0, 1, 60, 95] = math.nan
     codec = Affine(bits, granularity, 32, levels)
     form = form_of(codec, site, x)

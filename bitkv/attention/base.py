@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitkv.view import CacheView
+
+EVERY_TOKEN = 2**30
+"""A window that hides nothing, for kernels."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,20 @@ class AttentionRequest:
             return self.positions
         newest = torch.arange(-self.q.shape[2], 0, device=self.q.device)
         return self.view.lengths.unsqueeze(1) + newest
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """The arguments of an operator: tensors and plain numbers, which torch.compile understands.
+
+        q, pages, block_table, packed_len, hot_k, hot_v, hot_len, positions; `PartFormat.numbers` of keys
+        and of values; num_sink_tokens, scale, window (`EVERY_TOKEN` for none), softcap (0 for none).
+        """
+        view, form = self.view, self.view.format
+        window = EVERY_TOKEN if self.window is None else min(self.window, EVERY_TOKEN)
+        pages = (view.pages, view.block_table, view.packed_len)
+        hot = (view.hot_k, view.hot_v, view.hot_len)
+        numbers = (form.key.numbers, form.value.numbers, view.num_sink_tokens)
+        return (self.q, *pages, *hot, self.positions, *numbers, self.scale, window, self.softcap or 0.0)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from bitkv.attention.base import AttentionRequest, Backend
 from bitkv.pages import LANES, PageFormat
 
 _LARGEST_HEAD_DIM = 256
-_EVERY_TOKEN = 2**62  # a window that hides nothing
 
 
 def _attend(
@@ -28,19 +27,12 @@ def _attend(
     positions: Tensor | None,
     key: Sequence[int],
     value: Sequence[int],
-    page_size: int,
     num_sink_tokens: int,
     scale: float,
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
-
-    Args:
-        positions: as in `AttentionRequest`.
-        key, value: `PartFormat.numbers` of the two halves of a page.
-        window: `2**62` for none.
-        softcap: 0 for none.
+    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`.
 
     Raises:
         ValueError: a length or a page number that leads outside its tensor.
@@ -64,7 +56,7 @@ def _attend(
         (*tensors, native.DTYPES[q.dtype]),
         (batch, heads, kv_heads, queries, head_dim),
         (tuple(key), tuple(value)),
-        (pages.data_ptr(), pages.shape[0], page_size),
+        (pages.data_ptr(), pages.shape[0], key[1]),  # keys have a row for each token of a page
         (block_table.data_ptr(), block_table.shape[1], packed_len.data_ptr()),
         (*hot, capacity, *hot_k.stride()[:2], num_sink_tokens),
         (scale, window, softcap),
@@ -89,26 +81,9 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with sums in float32; see `Backend.run`."""
-    q, view, form = request.q, request.view, request.view.format
     # the operator's dispatch in Python takes longer than attention over a short context
-    plain = type(q) is Tensor and not torch.compiler.is_compiling()
-    return (_attend if plain else cpu_attend)(
-        q,
-        view.pages,
-        view.block_table,
-        view.packed_len,
-        view.hot_k,
-        view.hot_v,
-        view.hot_len,
-        request.positions,
-        form.key.numbers,
-        form.value.numbers,
-        form.page_size,
-        view.num_sink_tokens,
-        request.scale,
-        _EVERY_TOKEN if request.window is None else request.window,
-        request.softcap or 0.0,
-    )
+    plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
+    return (_attend if plain else cpu_attend)(*request.operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:

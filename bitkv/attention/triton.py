@@ -11,17 +11,16 @@ from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from math import e, log2
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bitkv.attention.base import AttentionRequest, Backend
+from bitkv.attention.base import EVERY_TOKEN, AttentionRequest, Backend
 from bitkv.attention.tiling import HOT_TOKENS, Variant
-from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
+from bitkv.pages import RAW_DTYPES, PageFormat
 
 _DTYPES = tuple(RAW_DTYPES.values())
-_EVERY_TOKEN = 2**30  # a window that hides nothing
 _MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
 
 
@@ -117,21 +116,6 @@ def splits_of(grid: int, max_pages: int, hot_capacity: int, slots: int) -> int:
     return max(1, min(slots // max(grid, 1), max(max_pages, -(-hot_capacity // HOT_TOKENS))))
 
 
-@cache
-def _format(key: tuple[int, ...], value: tuple[int, ...]) -> PageFormat:
-    """The page format with these `PartFormat.numbers`."""
-    page_size, head_dim = key[1:3]
-    names = tuple(RAW_DTYPES)
-
-    def part(
-        site: Any, bits: int, _: int, __: int, group: int, row_scales: int, dtype: int
-    ) -> PartFormat:
-        granularity: Any = "token" if row_scales or site == "value" else "channel"
-        return PartFormat(site, bits, granularity, group, head_dim, page_size, names[dtype])
-
-    return PageFormat(part("key", *key), part("value", *value))
-
-
 def _attend(
     q: Tensor,
     pages: Tensor,
@@ -148,14 +132,7 @@ def _attend(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; tensors as in `CacheView`.
-
-    Args:
-        positions: as in `AttentionRequest`.
-        key, value: `PartFormat.numbers` of the two halves of a page.
-        window: `2**30` for none.
-        softcap: 0 for none.
-    """
+    """Output and log-sum-exp of `q` `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`."""
     q = q if q.stride(3) == 1 else q.contiguous()
     pages = pages.contiguous()
     block_table, packed_len, hot_len = (x.contiguous() for x in (block_table, packed_len, hot_len))
@@ -174,7 +151,7 @@ def _attend(
     )
     if lse.numel():
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            form = _format(tuple(key), tuple(value))
+            form = PageFormat.of_numbers(tuple(key), tuple(value))
             score = Score(scale * log2(e), softcap, window)
             _launch(form, queries, cache, score, Result(out, lse, lse.numel()), positions is None)
     return out, lse
@@ -197,7 +174,7 @@ def _launch(
         chosen.tile,
         chosen.columns,
         causal=causal,
-        window=score.window < _EVERY_TOKEN,
+        window=score.window < EVERY_TOKEN,
         softcap=score.softcap > 0,
         assembly=q.is_cuda and not amd,
         interpreted=interpreted(),
@@ -233,25 +210,9 @@ def _fake(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with sums in float32; see `Backend.run`."""
-    q, view, form = request.q, request.view, request.view.format
     # the operator's dispatch in Python takes longer than launching a kernel
-    plain = type(q) is Tensor and not torch.compiler.is_compiling()
-    return (_attend if plain else triton_attend)(
-        q,
-        view.pages,
-        view.block_table,
-        view.packed_len,
-        view.hot_k,
-        view.hot_v,
-        view.hot_len,
-        request.positions,
-        form.key.numbers,
-        form.value.numbers,
-        view.num_sink_tokens,
-        request.scale,
-        _EVERY_TOKEN if request.window is None else min(request.window, _EVERY_TOKEN),
-        request.softcap or 0.0,
-    )
+    plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
+    return (_attend if plain else triton_attend)(*request.operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:

@@ -100,7 +100,7 @@ inline void weigh(const Queries& q, int row, int count, const Half* values, cons
     return p;
   };
   if (values) {
-    with_rule<true>(*values, [&](auto rule, auto, auto) {
+    with_rule<true>(*values, [&](auto rule) {
       using Rule = decltype(rule);
       const auto top_of = [&](int t, int end, F (&top)[H], F (&squares)[H]) {
         for (; t < end; t += kLanes) {

@@ -127,7 +127,8 @@ inline void maxima_of(const F (&x)[H], float* out) {
 // bytes; fine: each block of columns to a unit of its own. Probabilities are never negative: one bit more.
 template <int BITS, bool kPositive, bool kTables = false, bool kFine = false, bool kOfRows = false>
 struct Rounding {
-  static constexpr bool kIsPositive = kPositive, kIsFine = kFine;
+  static constexpr int kBits = BITS;
+  static constexpr bool kIsPositive = kPositive, kHasTables = kTables, kIsFine = kFine;
   // a quad's sum may be rounded up by 2
   static constexpr float kTop = (kPositive ? 255 : 127) - (kTables ? 2 : 0);
   static constexpr float kLow = kTables ? 62 : 254;             // steps of the second term in a unit
@@ -439,23 +440,24 @@ inline void prefetch_scales(const uint16_t* scale, const uint16_t* zero, int cou
   }
 }
 
-// Blocks [first, last) times H rows of numbers, in the way that suits the codes.
-template <class Rule, int BITS, bool kPositive, bool kTables, int H>
+// Blocks [first, last) times H rows of numbers, in the way that suits the codes. kPositive: not for what
+// rounding weights left.
+template <class Rule, bool kPositive, int H>
 inline void sum_rows(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
                      const float* unit, const float* offset, Result out, ptrdiff_t ahead, Scratch& s) {
-  if constexpr (kTables) {
+  if constexpr (Rule::kHasTables) {
     fill_tables<H>(numbers, part.columns, s.tables[0]);
     table_sums<kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, s.tables[0], unit, offset, out, ahead);
   } else {
     constexpr bool kFine = Rule::kIsFine;
     constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
-    byte_sums<BITS, kPositive, kFine, H, R>(part, data, first, last, numbers, unit, offset, out, ahead);
+    byte_sums<Rule::kBits, kPositive, kFine, H, R>(part, data, first, last, numbers, unit, offset, out, ahead);
   }
 }
 
 // Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). Weights come
 // with their units.
-template <class Rule, int BITS, bool kTables>
+template <class Rule>
 inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
                             ptrdiff_t ahead, Scratch& s) {
   constexpr bool kPositive = Rule::kIsPositive;
@@ -475,33 +477,25 @@ inline void codes_by_column(const Half& part, const uint8_t* data, const float* 
       constexpr int H = h();
       const float* xr = x + row * stride;
       round_rows<Rule, H>(xr, stride, part.columns, of, units, row, n);
-      sum_rows<Rule, BITS, kPositive, kTables, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), ahead, s);
+      sum_rows<Rule, kPositive, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), ahead, s);
       for (int h = 0; h < H; ++h) {
         if (!units.is_coarse[row + h]) continue;
         round_rest<Rule>(xr + h * stride, part.columns, of.scale, units, row, h, n);
         Result to = out.from(row + h);
         to.add = true;
-        sum_rows<Rule, BITS, false, kTables, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, ahead, s);
+        sum_rows<Rule, false, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, ahead, s);
       }
     });
   }
 }
 
-// Calls fn with the Rounding for a part's codes, their bits and whether tables serve them.
+// Calls fn with the Rounding for a part's codes.
 template <bool kPositive, class Fn>
 inline void with_rule(const Half& part, const Fn& fn) {
-  const auto call = [&](auto bits, auto tables, auto fine) {
-    fn(Rounding<bits(), kPositive, tables(), fine()>(), bits, tables);
-  };
-  constexpr std::integral_constant<int, 1> one;
-  constexpr std::integral_constant<int, 2> two;
-  constexpr std::integral_constant<int, 4> four;
-  constexpr std::false_type no;
-  constexpr std::true_type yes;
-  if constexpr (kHasLookup) if (part.tables) return call(one, yes, no);
-  if (part.bits == 1) return call(one, no, no);
-  if (part.bits == 2) return call(two, no, no);
-  part.group < 64 ? call(four, no, yes) : call(four, no, no);
+  if constexpr (kHasLookup) if (part.tables) return fn(Rounding<1, kPositive, true>());
+  if (part.bits == 1) return fn(Rounding<1, kPositive>());
+  if (part.bits == 2) return fn(Rounding<2, kPositive>());
+  part.group < 64 ? fn(Rounding<4, kPositive, false, true>()) : fn(Rounding<4, kPositive>());
 }
 
 // Scales of the rows: per-token keys (groups of channels).
@@ -694,8 +688,8 @@ inline void keys_times(const Half& part, const uint8_t* data, const float* x, in
     case -4: return codes_by_row<4>(part, data, x, stride, rows, out, ahead, s);
     case -8: return eight_bits_by_row(part, data, x, stride, rows, out, ahead);
     default:
-      with_rule<false>(part, [&](auto rule, auto bits, auto tables) {
-        codes_by_column<decltype(rule), bits(), tables()>(part, data, x, stride, rows, out, ahead, s);
+      with_rule<false>(part, [&](auto rule) {
+        codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
       });
   }
 }
@@ -705,8 +699,8 @@ inline void values_times(const Half& part, const uint8_t* data, const float* x, 
                          ptrdiff_t ahead, Scratch& s) {
   if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
   if (part.bits == 8) return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
-  with_rule<true>(part, [&](auto rule, auto bits, auto tables) {
-    codes_by_column<decltype(rule), bits(), tables()>(part, data, x, stride, rows, out, ahead, s);
+  with_rule<true>(part, [&](auto rule) {
+    codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
   });
 }
 

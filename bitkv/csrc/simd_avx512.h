@@ -83,7 +83,6 @@ inline int sum(I a) { return _mm512_reduce_add_epi32(a.v); }
 inline void store_bytes(int8_t* p, I a) {  // numbers that fit in a byte
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a.v));
 }
-inline void store_unsigned_bytes(int8_t* p, I a) { store_bytes(p, a); }  // 0 ... 255
 
 inline B load_bytes(const void* p) { return {_mm512_loadu_si512(p)}; }
 // the lanes shifted right by `by` bits, each byte masked

@@ -90,7 +90,6 @@ inline I load_int(const void* p) { I r; std::memcpy(r.v, p, sizeof r.v); return 
 inline void store_int(void* p, const I& a) { std::memcpy(p, a.v, sizeof a.v); }
 inline int sum(const I& a) { int s = 0; for (int x : a.v) s += x; return s; }
 inline void store_bytes(int8_t* p, const I& a) { for (int i = 0; i < kLanes; ++i) p[i] = int8_t(a.v[i]); }
-inline void store_unsigned_bytes(int8_t* p, const I& a) { store_bytes(p, a); }
 
 inline B load_bytes(const void* p) { B r; std::memcpy(r.v, p, sizeof r.v); return r; }
 inline B bits_at(const B& a, int by, uint8_t mask) {

@@ -1,18 +1,16 @@
 """The operator `bitkv::append`: tokens of a step enter a layer of fixed size, on the device alone."""
 
-import os
 from collections.abc import Sequence
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from bitkv.pages import RAW_DTYPES, PageFormat, PartFormat
+from bitkv.attention.triton import interpreted
+from bitkv.pages import PageFormat
 from bitkv.static import host
 
 NUM_WARPS = 8  # of a program
-_DTYPES = list(RAW_DTYPES)  # by their numbers in `PartFormat.numbers`
 
 
 def _append(
@@ -42,10 +40,10 @@ def _append(
         levels: `Codec.native_levels` of both.
         hot_capacity: a page is due when the window holds so many tokens.
     """
-    parts = _part("key", tuple(key), layout), _part("value", tuple(value), layout)
+    form = PageFormat.of_numbers(tuple(key), tuple(value), layout)
+    parts = form.key, form.value
     if not _has_kernel(k.device, layout):
         lengths = packed_len, hot_len, tickets
-        form = PageFormat(*parts)
         host.append(
             *((k, v), (hot_k, hot_v), pages, block_table, *lengths),
             *(form, levels, num_sink_tokens, hot_capacity),
@@ -96,22 +94,4 @@ def why_not(device: torch.device, form: PageFormat, levels: Sequence[int | None]
 
 def _has_kernel(device: torch.device, layout: str) -> bool:
     """Whether Triton runs the step, if only in its interpreter, rather than torch."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1" and layout == "strided"
-    return device.type == "cuda" or interpreted
-
-
-@cache
-def _part(site: str, numbers: tuple[int, ...], layout: str) -> PartFormat:
-    """The format that has these `PartFormat.numbers`."""
-    bits, rows, columns, group_size, row_scales, dtype = numbers
-    is_key = site == "key"
-    return PartFormat(
-        "key" if is_key else "value",
-        bits,
-        "channel" if is_key and not row_scales and bits < 16 else "token",
-        group_size,
-        head_dim=columns if is_key else rows,
-        page_size=rows if is_key else columns,
-        dtype=_DTYPES[dtype],
-        layout=layout,
-    )
+    return device.type == "cuda" or (interpreted() and layout == "strided")
