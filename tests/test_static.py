@@ -188,6 +188,7 @@ def test_a_cache_of_fixed_size_saves_and_loads(tmp_path):
     k, v = tokens(2, 1)
     for cache in caches:
         cache.step(0, k, v)
+    assert [cache.layers[0].materialize()[0].shape[2] for cache in caches] == [302, 302]
     mine, theirs = (cache.layers[0].materialize() for cache in caches)
     assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
 

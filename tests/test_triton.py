@@ -136,6 +136,7 @@ def test_queries_of_any_size_fit_float16():
     layer = filled("affine(1, 'page')", (300,), dtype=BF16, backend="triton")
     q = torch.randn(1, 4, 1, 64)
     expected, _ = attend_by("triton", q.bfloat16(), layer)
+    assert expected.any()
     for size in (2.0**-40, 2.0**40):
         out, _ = attend_by("triton", (size * q).bfloat16(), layer, scale=0.125 / size)
         assert torch.allclose(out, expected, rtol=2**-7, atol=2**-9)
@@ -149,6 +150,7 @@ def test_memory_beyond_valid_data_is_never_used():
     q, view = torch.randn(3, 4, 1, 64).half(), layer.view()
     q = q.to(view.hot_k.device)
     expected = attend(q, view, backend="triton")
+    assert expected[0][0].any()
     used = view.packed_len // view.format.page_size
     pages = torch.cat([view.pages, torch.full_like(view.pages[:2], 0xFF)])
     table = view.block_table.clone()
@@ -168,6 +170,7 @@ def test_strides_of_queries_and_of_the_hot_window():
     view = layer.view()
     q = torch.randn(2, 4, 3, 64, device=view.hot_k.device).half()
     expected = attend(q, view, backend="triton")
+    assert expected[0].any()
     rows = q.transpose(1, 2).contiguous().transpose(1, 2)
     batch, heads, capacity, head_dim = view.hot_k.shape
     wide = torch.full((2, 2 * batch, heads + 1, capacity + 3, head_dim), torch.nan).to(view.hot_k)
