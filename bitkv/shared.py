@@ -1,0 +1,67 @@
+"""What all pages of a layer share for keys or for values; it lies beside the pool, not in pages."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bitkv.rope import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """How a page's numbers y become keys or values: `x = rope(restore @ y)`.
+
+    None stands for nothing to do. Scores need `restore` alone: `q · (restore @ y) = (restoreᵀ q) · y`.
+
+    Args:
+        codebook: float32 `[Hkv, groups, 2**bits, channels]`, 1 for what all heads or groups share.
+        project: float32 `[Hkv, W, D]`, `y = project @ x`.
+        restore: float32 `[Hkv, D, W]`, its inverse, or what serves as one.
+        rope: the embedding that keys in pages do not have yet.
+    """
+
+    codebook: Tensor | None = None
+    project: Tensor | None = None
+    restore: Tensor | None = None
+    rope: Rope | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether pages hold codes of the tokens themselves, so that a format says everything."""
+        return self.codebook is None and self.is_direct
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether y is x."""
+        return self.restore is None and self.rope is None
+
+    def to_pages(self, x: Tensor, positions: Tensor) -> Tensor:
+        """y, float32 `[..., Hkv, T, W]`, of tokens `[..., Hkv, T, D]` at `positions` `[..., 1, T]`."""
+        if self.rope is not None:
+            x = self.rope.undo(x, positions)
+        if self.project is not None:
+            x = x.float() @ self.project.transpose(-1, -2)
+        return x
+
+    def from_pages(self, y: Tensor, positions: Tensor) -> Tensor:
+        """Inverse of `to_pages`."""
+        if self.restore is not None:
+            y = y @ self.restore.transpose(-1, -2)
+        return y if self.rope is None else self.rope.rotate(y, positions)
+
+    def to(self, device: torch.device) -> "Shared":
+        """The same on a device."""
+        moved = {
+            name: None if x is None else x.to(device)
+            for name, x in (
+                ("codebook", self.codebook),
+                ("project", self.project),
+                ("restore", self.restore),
+            )
+        }
+        rope = None if self.rope is None else replace(self.rope, inv_freq=self.rope.inv_freq.to(device))
+        return Shared(**moved, rope=rope)
+
+
+PLAIN = Shared()
