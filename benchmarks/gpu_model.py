@@ -29,7 +29,7 @@ from triton.compiler import ASTSource
 from bitkv.attention import triton as backend
 from bitkv.attention import triton_kernels
 from bitkv.attention.tiling import Variant
-from bitkv.pages import PageFormat, PartFormat
+from bitkv.pages import AffineFormat, PageFormat
 
 RESULT = Path(os.path.relpath(Path(__file__).parent / "results" / "gpu_model.json"))
 PROCESSORS, SCHEDULERS = 132, 4  # of an H200
@@ -57,8 +57,8 @@ class Format:
     def page(self) -> PageFormat:
         shape = (self.head_dim, self.page_size, self.dtype)
         return PageFormat(
-            PartFormat("key", self.bits, "channel", min(self.group, self.page_size), *shape),
-            PartFormat("value", self.bits, "token", min(self.group, self.head_dim), *shape),
+            AffineFormat("key", self.bits, "channel", min(self.group, self.page_size), *shape),
+            AffineFormat("value", self.bits, "token", min(self.group, self.head_dim), *shape),
         )
 
 

@@ -1,6 +1,5 @@
 """The paged cache of a model: one `PagedLayer` a layer, moved together, saved to one file."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -10,9 +9,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bitkv.digests import digest_of
 from bitkv.files import replacing
 from bitkv.layer import PagedLayer
-from bitkv.recipe import Recipe, as_recipe
+from bitkv.recipe import Recipe
+from bitkv.recipe_file import as_recipe
+from bitkv.rope import Rope
 from bitkv.snapshot import restore, state
 from bitkv.static import StaticLayer
 from bitkv.view import Usage
@@ -29,9 +31,10 @@ class PagedCache:
         layout: order of codes inside pages; see `PagedLayer`.
         max_tokens: take room for so many tokens a sequence at once; layers are then `StaticLayer`s,
             whose step can be compiled, or replayed as a CUDA graph. By default layers grow.
+        rope: the model's rotary embedding, for recipes that keep keys as they are before it.
 
     Raises:
-        ValueError: a text that names no recipe.
+        ValueError: a text that names no recipe, or a recipe for another number of layers.
     """
 
     def __init__(
@@ -41,9 +44,11 @@ class PagedCache:
         *,
         layout: str | None = None,
         max_tokens: int | None = None,
+        rope: Rope | None = None,
     ) -> None:
         self.recipe = as_recipe(recipe)
-        self.max_tokens = max_tokens
+        self.recipe.check_layers(num_layers)
+        self.max_tokens, self.rope = max_tokens, rope
         self.layers = [self._new_layer(i, layout) for i in range(num_layers)]
 
     def _new_layer(self, layer_idx: int, layout: str | None) -> PagedLayer:
@@ -54,6 +59,7 @@ class PagedCache:
             recent_tokens=self.recipe.recent_tokens,
             page_size=self.recipe.page_size,
             layout=layout,
+            rope=self.rope,
         )
 
     def step(self, layer_idx: int, k: Tensor, v: Tensor) -> None:
@@ -137,10 +143,10 @@ class PagedCache:
         tensors |= {f"extra.{name}": tensor.contiguous() for name, tensor in (extra or {}).items()}
         metadata = {
             "format": _MAGIC,
-            "recipe": repr(self.recipe),
+            "recipe": self.recipe.identity,
             "model": model,
             "num_layers": str(len(self.layers)),
-            "checksum": _checksum(tensors),
+            "checksum": digest_of(tensors),
         }
         with replacing(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
@@ -160,7 +166,7 @@ class PagedCache:
         """
         metadata, tensors = _read(Path(path), str(device))
         expected = {
-            "recipe": repr(self.recipe),
+            "recipe": self.recipe.identity,
             "model": model,
             "num_layers": str(len(self.layers)),
         }
@@ -185,15 +191,6 @@ def _below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
     if not path.is_file():
         raise FileNotFoundError(f"no cache file {path}; save one first")
@@ -205,6 +202,6 @@ def _read(path: Path, device: str) -> tuple[dict[str, str], dict[str, Tensor]]:
         raise ValueError(f"{path} is damaged or not a cache file ({error}); save it anew") from None
     if metadata.get("format") != _MAGIC:
         raise ValueError(f"{path} is not a bitkv cache file; pass one that `save` wrote")
-    if metadata.get("checksum") != _checksum(tensors):
+    if metadata.get("checksum") != digest_of(tensors):
         raise ValueError(f"{path} is damaged: its checksum does not match; save it anew")
     return metadata, tensors

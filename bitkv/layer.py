@@ -13,8 +13,10 @@ from bitkv import native
 from bitkv.checks import check_tokens
 from bitkv.codecs import Codec
 from bitkv.memory import integers
-from bitkv.pages import PageFormat, layout_for
+from bitkv.packing import Packing, page_format
+from bitkv.pages import PageFormat
 from bitkv.pool import PagePool, runs
+from bitkv.rope import Rope
 from bitkv.view import CacheView, Usage
 
 _TENSORS = ("pool", "block_table", "packed_len", "hot_len", "hot_k", "hot_v")  # none while empty
@@ -33,6 +35,7 @@ class PagedLayer:
         num_sink_tokens, recent_tokens, page_size: see `Recipe`.
         layout: order of codes inside pages, a key of `bitkv.pages.LAYOUTS`; by default the one that
             suits the device of the first tokens.
+        rope: the model's rotary embedding, for codecs that keep keys as they are before it.
     """
 
     def __init__(
@@ -44,17 +47,18 @@ class PagedLayer:
         recent_tokens: int,
         page_size: int,
         layout: str | None = None,
+        rope: Rope | None = None,
     ) -> None:
         self.key, self.value = key, value
         self.num_sink_tokens = num_sink_tokens
         self.recent_tokens = recent_tokens
         self.page_size = page_size
-        self.layout = layout
+        self.layout, self.rope = layout, rope
         self.reset()
 
     def reset(self) -> None:
         """Forget everything, shapes included, and free its memory."""
-        self._format: PageFormat | None = None
+        self._packing: Packing | None = None
         # the truth about each sequence: its pages and its hot tokens; reading tensors would take longer
         self._tables: list[list[int]] = []
         self._hot: list[int] = []
@@ -64,27 +68,29 @@ class PagedLayer:
     @property
     def is_empty(self) -> bool:
         """Whether no tensor exists yet."""
-        return self._format is None
+        return self._packing is None
+
+    @property
+    def packing(self) -> Packing:
+        """How tokens become pages, known from the first ones on."""
+        if self._packing is None:
+            raise ValueError("the cache is empty and has no page format yet; append tokens first")
+        return self._packing
 
     @property
     def format(self) -> PageFormat:
         """The page format, known from the first tokens on."""
-        if self._format is None:
-            raise ValueError("the cache is empty and has no page format yet; append tokens first")
-        return self._format
+        return self.packing.format
 
     def page_format(self, head_dim: int, dtype: torch.dtype, device: torch.device = _CPU) -> PageFormat:
-        """The format that tensors of this shape would get.
-
-        Raises:
-            ValueError: a codec cannot serve the shape.
-        """
+        """The format that tensors of this shape would get; see `packing.page_format`."""
         shape = {"head_dim": head_dim, "page_size": self.page_size}
-        layout = self.layout or layout_for(device)
-        return PageFormat(
-            self.key.part_format("key", **shape, dtype=dtype, layout=layout),
-            self.value.part_format("value", **shape, dtype=dtype, layout=layout),
-        )
+        options = {"dtype": dtype, "device": device, "layout": self.layout}
+        return page_format(self.key, self.value, **shape, **options)  # type: ignore[arg-type]
+
+    def _packing_of(self, k: Tensor) -> Packing:
+        options = {"page_size": self.page_size, "layout": self.layout, "rope": self.rope}
+        return Packing.of(self.key, self.value, k, **options)  # type: ignore[arg-type]
 
     @property
     def hot_capacity(self) -> int:
@@ -99,8 +105,8 @@ class PagedLayer:
     def allocate(self, k: Tensor) -> None:
         """Make the tensors of an empty cache for tokens like `k` `[B, Hkv, T, D]`."""
         batch, heads, _, head_dim = k.shape
-        self._format = self.page_format(head_dim, k.dtype, k.device)
-        self.pool = PagePool(heads, self._format.page_bytes, k.device)
+        self._packing = self._packing_of(k)
+        self.pool = PagePool(heads, self.format.page_bytes, k.device)
         self.hot_k = k.new_empty(batch, heads, self.window_capacity, head_dim)
         self.hot_v = torch.empty_like(self.hot_k)
         self.set_sequences([[] for _ in range(batch)], [0] * batch)
@@ -227,7 +233,9 @@ class PagedLayer:
         pages, stop = self._take_pages(b, num_pages), 0
         for first, count in runs(pages):
             tokens = slice(stop, stop := stop + count * self.page_size)
-            self._encode(k[:, tokens], v[:, tokens], self.pool.data[first : first + count])
+            place = self.num_sink_tokens + used * self.page_size + tokens.start
+            out = self.pool.data[first : first + count]
+            self.packing.encode(k[:, tokens], v[:, tokens], out, first_token=place)
         self._widen_table(used + num_pages)
         self.block_table[b, used : used + num_pages] = integers(pages, self.block_table.device)
         self._tables[b] += pages
@@ -235,15 +243,6 @@ class PagedLayer:
     def _take_pages(self, b: int, num_pages: int) -> list[int]:
         """Free pages for a sequence to write."""
         return self.pool.take(num_pages)
-
-    def _encode(self, k: Tensor, v: Tensor, out: Tensor) -> None:
-        """Write tokens `[Hkv, n * page_size, D]` as pages `[n, Hkv, page_bytes]`."""
-        parts = torch.split(out, [self.format.key.nbytes, self.format.value.nbytes], dim=-1)
-        for codec, form, x, part in (
-            (self.key, self.format.key, k, parts[0]),
-            (self.value, self.format.value, v, parts[1]),
-        ):
-            codec.encode(torch.unflatten(x, 1, (-1, self.page_size)).transpose(0, 1), form, part)
 
     def _widen_table(self, num_pages: int) -> None:
         if (width := self.block_table.shape[1]) < num_pages:
@@ -290,7 +289,7 @@ class PagedLayer:
         in_pages = max(length - sinks, 0)
         keep, partial = divmod(in_pages, self.page_size)
         if partial:
-            k, v = self._dequantize([pages[keep]])
+            k, v = self._dequantize([pages[keep]], keep)
             self.hot_k[b, :, sinks : sinks + partial] = k[0, :, :partial]
             self.hot_v[b, :, sinks : sinks + partial] = v[0, :, :partial]
         self.pool.release(pages[keep:])
@@ -344,6 +343,8 @@ class PagedLayer:
             hot_v=self.hot_v,
             hot_len=self.hot_len,
             num_sink_tokens=self.num_sink_tokens,
+            key=self.packing.key_shared,
+            value=self.packing.value_shared,
         )
 
     def materialize(self) -> tuple[Tensor, Tensor]:
@@ -361,10 +362,10 @@ class PagedLayer:
                 out[b, :, sinks + packed : packed + hot] = store[b, :, sinks:hot]
         return k, v
 
-    def _dequantize(self, pages: list[int]) -> Iterator[Tensor]:
-        """Keys, then values `[n, Hkv, page_size, D]` of some pages, in the cache's dtype."""
+    def _dequantize(self, pages: list[int], first_page: int = 0) -> Iterator[Tensor]:
+        """Keys, then values `[n, Hkv, page_size, D]` of a sequence's pages, in the cache's dtype."""
         largest = torch.finfo(self.hot_k.dtype).max
-        for x in self.format.dequantize(self.pool.data[pages]):
+        for x in self.view().dequantize(integers(pages, self.hot_k.device), first_page):
             # a level may lie just above the largest float16, where rounding would make it infinite
             yield x.clamp(-largest, largest).to(self.hot_k.dtype)
 

@@ -7,10 +7,15 @@ A recipe has one text form, the same in Python, on the command line, in files an
 import ast
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor
 
 from bitkv.codecs import CODECS, Affine, Codec, Unquantized
+from bitkv.digests import digest_of
 from bitkv.pages import PAGE_SIZES
 
 
@@ -31,23 +36,76 @@ class Split:
         _check_count("Split", "layer", self.layer, "layer count")
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """What the codecs of a recipe have learned of one model.
+
+    Args:
+        codecs: the key codec and the value codec of each layer.
+        model: fingerprint of the model.
+        source: the text they learned from, its tokens and the seed, in words.
+    """
+
+    codecs: tuple[tuple[Codec, Codec], ...]
+    model: str
+    source: str
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was learned, as `layer.key.name` and `layer.value.name`."""
+        return {
+            f"{i}.{site}.{name}": x
+            for i, pair in enumerate(self.codecs)
+            for site, codec in zip(("key", "value"), pair, strict=True)
+            for name, x in codec.learned.items()
+        }
+
+    @cached_property
+    def digest(self) -> str:
+        """Of all that was learned."""
+        return digest_of(self.tensors)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that was learned: they are no part of any page."""
+        return sum(x.nbytes for x in self.tensors.values())
+
+
+Codecs = Codec | Split | tuple[Codec, ...]
+
+
+def _parts(codecs: Any) -> tuple[Any, ...]:
+    """Every codec that a field of a recipe names."""
+    if isinstance(codecs, Split):
+        return codecs.before, codecs.after
+    return codecs if isinstance(codecs, tuple) else (codecs,)
+
+
+def _codec(codecs: Codecs, layer_idx: int) -> Codec:
+    if isinstance(codecs, Split):
+        return codecs.before if layer_idx < codecs.layer else codecs.after
+    return codecs[layer_idx] if isinstance(codecs, tuple) else codecs
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a cache is quantized.
 
     Args:
-        key, value: a codec for all layers, or a `Split`.
+        key, value: a codec for all layers, a `Split`, or a tuple with a codec for each layer.
         num_sink_tokens: first tokens of a sequence that stay in 16 bits.
         recent_tokens: newest tokens that always stay in 16 bits. A page is packed when
             `recent_tokens + page_size` of them have gathered.
         page_size: tokens of a page, 64 or 128.
+        calibration: what its codecs have learned of a model; not part of the text.
     """
 
-    key: Codec | Split
-    value: Codec | Split
+    key: Codecs
+    value: Codecs
     num_sink_tokens: int = 4
     recent_tokens: int = 64
     page_size: int = 128
+    calibration: Calibration | None = field(default=None, repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name in ("num_sink_tokens", "recent_tokens"):
@@ -55,9 +113,9 @@ class Recipe:
         if self.page_size not in PAGE_SIZES or not isinstance(self.page_size, int):
             raise ValueError(f"Recipe: page_size {self.page_size} is not supported; use 64 or 128")
         for name in ("key", "value"):
-            codecs = getattr(self, name)
-            parts = (codecs.before, codecs.after) if isinstance(codecs, Split) else (codecs,)
-            for codec in parts:
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            for codec in _parts(getattr(self, name)):
                 if not isinstance(codec, Codec):
                     raise ValueError(f"Recipe: {name} {codec!r} is not a codec; see `bitkv recipes`")
                 if name == "value" and getattr(codec, "granularity", "token") != "token":
@@ -67,14 +125,51 @@ class Recipe:
                     )
 
     def codecs(self, layer_idx: int) -> tuple[Codec, Codec]:
-        """The key codec and the value codec of a layer."""
-        key, value = (
-            codec
-            if isinstance(codec, Codec)
-            else (codec.before if layer_idx < codec.layer else codec.after)
-            for codec in (self.key, self.value)
-        )
+        """The key codec and the value codec of a layer, with what they have learned."""
+        if self.calibration is not None:
+            return self.calibration.codecs[layer_idx]
+        key, value = (_codec(part, layer_idx) for part in (self.key, self.value))
         return key, value
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse a model with another number of layers than the recipe names.
+
+        Raises:
+            ValueError: it has.
+        """
+        for name in ("key", "value"):
+            part = getattr(self, name)
+            if isinstance(part, tuple) and len(part) != num_layers:
+                raise ValueError(
+                    f"the recipe has {name} codecs for {len(part)} layers, and the model has "
+                    f"{num_layers}; pass a recipe for this model"
+                )
+
+    @property
+    def learns(self) -> bool:
+        """Whether a codec has to be calibrated and was not."""
+        parts = (*_parts(self.key), *_parts(self.value))
+        return self.calibration is None and any(codec.learns for codec in parts)
+
+    def only(self, name: Literal["key", "value"]) -> "Recipe":
+        """The recipe with its keys alone, or its values alone; the others stay unquantized."""
+        other = "value" if name == "key" else "key"
+        calibration = self.calibration
+        if calibration is not None:
+            plain = Unquantized()
+            pairs = ((k, plain) if name == "key" else (plain, v) for k, v in calibration.codecs)
+            calibration = replace(calibration, codecs=tuple(pairs))
+        changed: dict[str, Any] = {other: Unquantized(), "calibration": calibration}
+        return replace(self, **changed)
+
+    def calibrated(self, calibration: Calibration) -> "Recipe":
+        """The recipe with what its codecs have learned."""
+        return replace(self, calibration=calibration)
+
+    @property
+    def identity(self) -> str:
+        """Its text, and a digest of what was learned: pages of equal identity mean the same."""
+        return repr(self) if self.calibration is None else f"{self!r} {self.calibration.digest}"
 
     def __str__(self) -> str:
         """The name of a preset that equals this recipe, else its `repr`."""
@@ -170,6 +265,8 @@ def parse(text: str) -> Recipe:
     Raises:
         ValueError: one sentence that says what is wrong and what exists.
     """
+    if text.strip() in PRESETS and not text.strip().isidentifier():  # best1.5 is a name too
+        return PRESETS[text.strip()].make()
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):  # as `ast.parse` documents
@@ -186,11 +283,6 @@ def load(path: Path) -> Recipe:
     """The recipe written in a text file; lines that begin with `#` are comments."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return parse("\n".join(line for line in lines if not line.lstrip().startswith("#")))
-
-
-def as_recipe(recipe: "Recipe | str") -> Recipe:
-    """A recipe as it is, or the one that a text names."""
-    return recipe if isinstance(recipe, Recipe) else parse(recipe)
 
 
 def _choices() -> str:
@@ -214,6 +306,8 @@ def _build(node: ast.expr, text: str) -> object:
         except TypeError as error:
             raise ValueError(f"recipe {text!r}: {node.func.id}: {error}") from None
         return make(*args, **keywords)
+    if isinstance(node, (ast.Tuple, ast.List)):
+        return tuple(_build(item, text) for item in node.elts)
     try:
         return ast.literal_eval(node)
     except (ValueError, TypeError):

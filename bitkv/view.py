@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from bitkv.pages import PageFormat
+from bitkv.shared import PLAIN, Shared
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class CacheView:
         hot_k, hot_v: `[B, Hkv, capacity, D]`, sinks and then recent tokens.
         hot_len: int32 `[B]`, tokens in the hot window.
         num_sink_tokens: the first hot tokens precede the pages, the others follow them.
+        key, value: what the pages share beside their format.
     """
 
     format: PageFormat
@@ -31,11 +34,25 @@ class CacheView:
     hot_v: Tensor
     hot_len: Tensor
     num_sink_tokens: int
+    key: Shared = PLAIN
+    value: Shared = PLAIN
 
     @property
     def lengths(self) -> Tensor:
         """int32 `[B]`: all tokens of each sequence."""
         return self.packed_len + self.hot_len
+
+    def dequantize(self, table: Tensor, first_page: int = 0) -> tuple[Tensor, Tensor]:
+        """Float32 keys and values `[..., n, Hkv, page_size, D]` of pages by their numbers.
+
+        Args:
+            table: int `[..., n]`, consecutive pages of a sequence.
+            first_page: which of its pages the first one is.
+        """
+        size, count = self.format.page_size, table.shape[-1]
+        first = self.num_sink_tokens + first_page * size
+        positions = torch.arange(first, first + count * size, device=table.device).view(count, size)
+        return self.format.dequantize(self.pages[table.long()], self.key, self.value, positions)
 
 
 class Usage(NamedTuple):

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from bitkv.codecs import Affine, Codec
 from bitkv.codecs.affine import tail_weights
-from bitkv.pages import PartFormat
+from bitkv.pages import AffineFormat
 
 SITES = (("key", "channel"), ("key", "token"), ("value", "token"))
 SHAPES = ((64, 64), (128, 80), (64, 96), (128, 128), (128, 256))  # page_size, head_dim
@@ -14,7 +14,7 @@ SEARCHED = ("mse", "unbiased")
 UNTOUCHED = 0xA5  # in memory behind a page
 
 
-def form_of(codec: Codec, site: str, x: Tensor, layout: str = "strided") -> PartFormat | None:
+def form_of(codec: Codec, site: str, x: Tensor, layout: str = "strided") -> AffineFormat | None:
     """The part of pages `x`; None where the group does not divide."""
     page_size, head_dim = x.shape[-2:]
     shape = {"head_dim": head_dim, "page_size": page_size}
@@ -24,12 +24,12 @@ def form_of(codec: Codec, site: str, x: Tensor, layout: str = "strided") -> Part
         return None
 
 
-def room_for(x: Tensor, form: PartFormat) -> Tensor:
+def room_for(x: Tensor, form: AffineFormat) -> Tensor:
     """Bytes for pages `[pages, heads, page_size, head_dim]`, and 64 behind each."""
     return torch.full((*x.shape[:2], form.nbytes + 64), UNTOUCHED, dtype=torch.uint8)
 
 
-def written(out: Tensor, form: PartFormat) -> Tensor:
+def written(out: Tensor, form: AffineFormat) -> Tensor:
     """What a kernel wrote into `room_for` pages, and that it wrote no more."""
     assert (out[..., form.nbytes :] == UNTOUCHED).all()
     return out[..., : form.nbytes].contiguous()

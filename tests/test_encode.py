@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bitkv import native
 from bitkv.codecs import Affine, Codec, Unquantized
-from bitkv.pages import PartFormat
+from bitkv.pages import AffineFormat
 
 if native.why_not():
     pytest.skip(native.why_not(), allow_module_level=True)
@@ -33,7 +33,7 @@ ISAS = native.module().isas()
 form_of = partial(encoding.form_of, layout="lanes")
 
 
-def encode(isa: str, codec: Codec, x: Tensor, form: PartFormat, *, threads: int = 2) -> Tensor:
+def encode(isa: str, codec: Codec, x: Tensor, form: AffineFormat, *, threads: int = 2) -> Tensor:
     """What the kernel writes for `[pages, heads, page_size, head_dim]`, and that it writes no more."""
     out = room_for(x, form)
     native.module().encode(

@@ -10,7 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitkv.pages import LAYOUTS, RAW_DTYPES, PageFormat, PartFormat, QuantizedTensor, convert, layout_for
+from bitkv.pages import (
+    LAYOUTS,
+    RAW_DTYPES,
+    AffineFormat,
+    PageFormat,
+    QuantizedTensor,
+    convert,
+    layout_for,
+)
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (64, 128)
@@ -38,12 +46,12 @@ VALID = [case for case in CODED if divides(*case)]
 INVALID = [case for case in CODED if not divides(*case)]
 
 
-def part(site, granularity, bits, group, page_size, head_dim, layout="strided") -> PartFormat:
+def part(site, granularity, bits, group, page_size, head_dim, layout="strided") -> AffineFormat:
     group = extent_of(granularity, page_size, head_dim) if group == "page" else group
-    return PartFormat(site, bits, granularity, group, head_dim, page_size, layout=layout)
+    return AffineFormat(site, bits, granularity, group, head_dim, page_size, layout=layout)
 
 
-def random_codes(form: PartFormat, *lead: int) -> QuantizedTensor:
+def random_codes(form: AffineFormat, *lead: int) -> QuantizedTensor:
     """Codes that use every level, and scales that are all different."""
     tokens, channels = form.page_size, form.head_dim
     codes = torch.randint(0, 2**form.bits, (*lead, tokens, channels), dtype=torch.uint8)
@@ -93,7 +101,9 @@ def test_groups_that_do_not_divide_are_refused(case):
 def test_unquantized_values_come_back_bit_for_bit(dtype, site, head_dim, page_size, layout):
     x = torch.randn(page_size, head_dim).to(RAW_DTYPES[dtype])
     x[0, :4] = torch.tensor([torch.inf, -torch.inf, -0.0, torch.nan])
-    form = PartFormat(site, 8 * x.element_size(), "token", head_dim, head_dim, page_size, dtype, layout)
+    form = AffineFormat(
+        site, 8 * x.element_size(), "token", head_dim, head_dim, page_size, dtype, layout
+    )
     data = form.pack(QuantizedTensor(x, None, None, "token"))
     back = form.unpack(data).codes
     assert data.numel() == form.nbytes == x.nbytes
@@ -203,7 +213,7 @@ def test_the_lanes_layout_is_what_it_says(site, granularity, bits, head_dim, pag
 
 @pytest.mark.parametrize("site", ["key", "value"])
 def test_unquantized_lanes_are_columns_of_16_rows(site):
-    form = PartFormat(site, 16, "token", 80, 80, 64, layout="lanes")
+    form = AffineFormat(site, 16, "token", 80, 80, 64, layout="lanes")
     x = torch.randn(64, 80).half()
     rows = x if site == "key" else x.T
     expected = b"".join(half_bytes(block.T) for block in rows.split(16))
@@ -236,7 +246,7 @@ def test_native_kernels_get_a_part_as_the_numbers_of_csrc_page_h():
     assert part("key", "channel", 2, 32, 64, 96).numbers == (2, 64, 96, 32, False, 0)
     assert part("key", "token", 4, 32, 64, 96).numbers == (4, 64, 96, 32, True, 0)
     assert part("value", "token", 1, "page", 128, 80).numbers == (1, 80, 128, 80, False, 0)
-    raw = PartFormat("value", 16, "token", 96, 96, 64, "bfloat16")
+    raw = AffineFormat("value", 16, "token", 96, 96, 64, "bfloat16")
     assert raw.numbers == (16, 96, 64, 96, False, 1)
 
 
@@ -244,7 +254,7 @@ def test_native_kernels_get_a_part_as_the_numbers_of_csrc_page_h():
 @pytest.mark.parametrize("granularity", ["channel", "token"])
 def test_a_format_follows_from_its_numbers(granularity, layout):
     value = part("value", "token", 1, "page", 64, 80, layout)
-    raw = PartFormat("value", 16, "token", 80, 80, 64, "bfloat16", layout)
+    raw = AffineFormat("value", 16, "token", 80, 80, 64, "bfloat16", layout)
     for form in (PageFormat(part("key", granularity, 4, 16, 64, 80, layout), v) for v in (value, raw)):
         assert PageFormat.of_numbers(form.key.numbers, form.value.numbers, layout) == form
 
@@ -321,7 +331,7 @@ def test_pages_pack_alike_alone_and_together():
 )
 def test_a_format_that_cannot_be_is_refused_with_a_sentence(arguments, sentence):
     with pytest.raises(ValueError, match=exactly(sentence)):
-        PartFormat(*arguments)
+        AffineFormat(*arguments)
 
 
 def test_both_halves_of_a_page_agree_on_its_shape():

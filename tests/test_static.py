@@ -222,11 +222,11 @@ def test_what_cannot_fit_is_refused_beforehand():
 
 
 def test_a_gpu_gets_no_layout_that_its_kernels_do_not_write():
-    form = layers(layout="lanes")[1].page_format(HEAD_DIM, torch.float16)
-    reason = why_not(torch.device("cuda"), form, (0, 0))
+    packing = layers(layout="lanes")[1]._packing_of(torch.empty(1, 2, 0, HEAD_DIM))
+    reason = why_not(torch.device("cuda"), packing, (0, 0))
     assert reason is not None
     assert "holds pages of the layout 'strided', not 'lanes'" in reason
-    assert why_not(torch.device("cpu"), form, (0, 0)) is None
+    assert why_not(torch.device("cpu"), packing, (0, 0)) is None
 
 
 # --- nothing is asked of the device -----------------------------------------------------------------

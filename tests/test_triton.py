@@ -27,7 +27,7 @@ from bitkv.attention import AttentionRequest, attend, choose, last_backend
 from bitkv.attention.tiling import Tiling
 from bitkv.attention.triton import BACKEND, launch_of, splits_of, triton_attend
 from bitkv.codecs import Affine, Unquantized
-from bitkv.pages import PartFormat
+from bitkv.pages import AffineFormat
 from bitkv.recipe import Recipe
 
 pytest.importorskip("triton")
@@ -248,7 +248,7 @@ def test_one_warp_serves_up_to_eight_queries_of_codes():
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(1, 64), (1, 128), (2, 96), (4, 80), (8, 256)])
 def test_tiles_cover_each_row_once_and_slots_each_column(bits, head_dim):
-    part = PartFormat("value", bits, "token", head_dim, head_dim, 128)
+    part = AffineFormat("value", bits, "token", head_dim, head_dim, 128)
     t = Tiling.of(part, 32)
     assert t.tile * t.all_tiles == t.rows == head_dim
     assert t.slots * t.words == t.columns == 128

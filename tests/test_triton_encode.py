@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitkv.codecs import Affine, Codec, Unquantized
-from bitkv.pages import PartFormat
+from bitkv.pages import AffineFormat
 
 pytest.importorskip("triton", reason="kernels for GPUs need Triton")
 kernels = pytest.importorskip("bitkv.codecs.triton")
 
 
-def encode(codec: Codec, x: Tensor, form: PartFormat) -> Tensor:
+def encode(codec: Codec, x: Tensor, form: AffineFormat) -> Tensor:
     """What the kernel writes for `[pages, heads, page_size, head_dim]`, and that it writes no more."""
     out = room_for(x, form)
     kernels.encode(x, form, codec.native_levels, out[..., : form.nbytes])

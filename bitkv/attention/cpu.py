@@ -11,7 +11,8 @@ from torch import Tensor
 
 from bitkv import native
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.pages import LANES, PageFormat
+from bitkv.pages import LANES, AffineFormat
+from bitkv.view import CacheView
 
 _LARGEST_HEAD_DIM = 256
 
@@ -90,7 +91,7 @@ def _refuse(request: AttentionRequest) -> str | None:
     q, view = request.q, request.view
     if q.device.type != "cpu":
         return f"it got tensors on {q.device}, and takes tensors on the CPU"
-    return native.why_not() or _refuse_dtypes(q, view.hot_k) or _refuse_format(view.format)
+    return native.why_not() or _refuse_dtypes(q, view.hot_k) or _refuse_format(view)
 
 
 def _refuse_dtypes(*tensors: Tensor) -> str | None:
@@ -100,12 +101,17 @@ def _refuse_dtypes(*tensors: Tensor) -> str | None:
     return None
 
 
-def _refuse_format(form: PageFormat) -> str | None:
-    if form.key.layout != "lanes":
-        return f"it got pages of the layout {form.key.layout!r}, and takes 'lanes'"
+def _refuse_format(view: CacheView) -> str | None:
+    form = view.format
+    if not (view.key.is_plain and view.value.is_plain):
+        return "it got codes of a codebook or of transformed tokens, and takes scales and zero points"
+    if form.layout != "lanes":
+        return f"it got pages of the layout {form.layout!r}, and takes 'lanes'"
     if form.head_dim > _LARGEST_HEAD_DIM:
         return f"it got head_dim {form.head_dim}, and takes at most {_LARGEST_HEAD_DIM}"
     for part in (form.key, form.value):
+        if not isinstance(part, AffineFormat):
+            return f"it got a {type(part).__name__}, and takes scales and zero points"
         if part.group_size % LANES:
             return f"it got groups of {part.group_size}, and takes multiples of {LANES}"
     return None

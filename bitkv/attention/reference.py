@@ -66,8 +66,8 @@ def _tiles(view: CacheView) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     num_pages = int(view.packed_len.max()) // size if view.packed_len.numel() else 0
     step = _TOKENS_PER_TILE // size
     for i in range(0, num_pages, step):
-        table = view.block_table[:, i : min(i + step, num_pages)].long()
-        k, v = (x.transpose(1, 2).flatten(2, 3) for x in view.format.dequantize(view.pages[table]))
+        table = view.block_table[:, i : min(i + step, num_pages)]
+        k, v = (x.transpose(1, 2).flatten(2, 3) for x in view.dequantize(table, i))
         offset = torch.arange(k.shape[2], device=device) + i * size
         valid = offset < view.packed_len[:, None]
         yield k, _zero(v, valid), (offset + sinks).expand_as(valid), valid

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from bitkv.pages import WORD_BITS, PageFormat, PartFormat
+from bitkv.pages import WORD_BITS, AffineFormat, PageFormat
 
 HOT_TOKENS = 32  # of the hot window, that a program takes at a time
 
@@ -45,7 +45,7 @@ class Tiling:
     zero_offset: int
 
     @staticmethod
-    def of(part: PartFormat, limit: int) -> "Tiling":
+    def of(part: AffineFormat, limit: int) -> "Tiling":
         """The tiling of a part into tiles of up to `limit` rows."""
         slots = 1 if part.is_raw else WORD_BITS // (part.bits * part.folds)
         by_row = part.site == "key" and part.granularity == "token"
@@ -175,9 +175,10 @@ class Variant:
         assembly: bool,
         interpreted: bool,
     ) -> "Variant":
+        key, value = form.affine
         return Variant(
-            Tiling.of(form.key, tile),
-            Tiling.of(form.value, tile),
+            Tiling.of(key, tile),
+            Tiling.of(value, tile),
             columns,
             causal,
             window,

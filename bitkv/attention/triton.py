@@ -19,6 +19,7 @@ from torch import Tensor
 from bitkv.attention.base import EVERY_TOKEN, AttentionRequest, Backend
 from bitkv.attention.tiling import HOT_TOKENS, Variant
 from bitkv.pages import RAW_DTYPES, PageFormat
+from bitkv.view import CacheView
 
 _DTYPES = tuple(RAW_DTYPES.values())
 _MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
@@ -101,11 +102,12 @@ def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
     take tiles that leave them registers. Unquantized pages and many queries need more warps.
     """
     columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 32)
-    if form.key.is_raw or form.value.is_raw:
+    key, value = form.affine
+    if key.is_raw or value.is_raw:
         return Launch(columns, 128, 4, 1, 3)
     if columns > 16:
         return Launch(columns, 128, 4, 2, 2)
-    bits = max(form.key.bits, form.value.bits)
+    bits = max(key.bits, value.bits)
     if columns * form.head_dim > 1024 or bits > 4:
         return Launch(columns, 32, 2 if form.head_dim <= 128 else 4, 2, 4)
     return Launch(columns, 32 if bits <= 2 else 16, 1, 2, 8)
@@ -224,12 +226,15 @@ def _refuse(request: AttentionRequest) -> str | None:
     for x in (q, view.hot_k):
         if x.dtype not in _DTYPES:
             return f"it got {x.dtype}, and takes float16, bfloat16 and float32"
-    return _refuse_format(view.format)
+    return _refuse_format(view)
 
 
-def _refuse_format(form: PageFormat) -> str | None:
-    if form.key.layout != "strided":
-        return f"it got pages of the layout {form.key.layout!r}, and takes 'strided'"
+def _refuse_format(view: CacheView) -> str | None:
+    form = view.format
+    if not (view.key.is_plain and view.value.is_plain):
+        return "it got codes of a codebook or of transformed tokens, and takes scales and zero points"
+    if form.layout != "strided":
+        return f"it got pages of the layout {form.layout!r}, and takes 'strided'"
     if form.head_dim > 256:
         return f"it got head_dim {form.head_dim}, and takes at most 256"
     return None

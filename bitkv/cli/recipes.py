@@ -31,8 +31,8 @@ class Row:
 
     name: str
     text: str
-    key_bits: list[int]
-    value_bits: list[int]
+    key_bits: list[float]
+    value_bits: list[float]
     bits_per_element: list[float]
     source: str
     summary: str
@@ -70,8 +70,8 @@ def _measure(name: str, preset: "Preset") -> Row:
     return Row(
         name=name,
         text=repr(recipe),
-        key_bits=_distinct([f.key.bits for f in formats]),
-        value_bits=_distinct([f.value.bits for f in formats]),
+        key_bits=_distinct([f.key.code_bits for f in formats]),
+        value_bits=_distinct([f.value.code_bits for f in formats]),
         bits_per_element=_distinct([f.bits_per_element for f in formats]),
         source=preset.source,
         summary=preset.summary,

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from bitkv.codecs.base import Codec
-from bitkv.pages import CODE_BITS, Granularity, PartFormat, QuantizedTensor
+from bitkv.pages import CODE_BITS, AffineFormat, Granularity, QuantizedTensor, Site
+from bitkv.shared import PLAIN, Shared
 
 Levels = Literal["minmax", "mse", "unbiased"]
 LEVELS: tuple[Levels, ...] = get_args(Levels)  # in the order of `Levels` in csrc/kernels.h
@@ -63,17 +64,11 @@ class Affine(Codec):
                 raise ValueError(f"Affine: {name} {value!r} is not one of {choices}")
 
     def part_format(
-        self,
-        site: Literal["key", "value"],
-        *,
-        head_dim: int,
-        page_size: int,
-        dtype: torch.dtype,
-        layout: str = "strided",
-    ) -> PartFormat:
+        self, site: Site, *, head_dim: int, page_size: int, dtype: torch.dtype, layout: str = "strided"
+    ) -> AffineFormat:
         extent = page_size if self.granularity == "channel" else head_dim
         group_size = extent if self.group_size == "page" else self.group_size
-        return PartFormat(
+        return AffineFormat(
             site, self.bits, self.granularity, group_size, head_dim, page_size, layout=layout
         )
 
@@ -81,7 +76,7 @@ class Affine(Codec):
     def native_levels(self) -> int:
         return LEVELS.index(self.levels)
 
-    def quantize(self, x: Tensor) -> QuantizedTensor:
+    def quantize(self, x: Tensor, shared: Shared = PLAIN) -> QuantizedTensor:
         axis = -2 if self.granularity == "channel" else -1
         group_size = x.shape[axis] if self.group_size == "page" else self.group_size
         if x.shape[axis] % group_size:

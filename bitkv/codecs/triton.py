@@ -1,4 +1,4 @@
-"""Quantize and pack on GPUs, in Triton: the bytes of affine.py and `PartFormat.pack` in one pass.
+"""Quantize and pack on GPUs, in Triton: the bytes of affine.py and `AffineFormat.pack` in one pass.
 
 A program takes some lanes of one part of one page: it fits their groups, turns them into codes and
 writes words. The layout is "strided" (`bitkv.pages`), so a program's lanes are one piece of each stretch
@@ -15,7 +15,7 @@ import triton
 from torch import Tensor
 
 from bitkv.codecs.triton_kernels import encode_pages
-from bitkv.pages import WORD_BITS, PartFormat
+from bitkv.pages import WORD_BITS, AffineFormat
 
 _ELEMENTS = 4096  # of a program's tile; a search keeps weights and codes beside it, and gets half
 _CLIPS = {1: (1.0,), 2: (0.95, 0.8, 0.65, 0.5), 4: (1.0, 0.9, 0.75), 8: (1.0,)}  # affine.py's
@@ -78,7 +78,7 @@ class Tiling:
 
 
 @cache
-def tiling(form: PartFormat, levels: int) -> Tiling:
+def tiling(form: AffineFormat, levels: int) -> Tiling:
     """The tiling of a part in the layout "strided"."""
     row_scales = form.site == "key" and form.granularity == "token"
     positions = max(1, WORD_BITS // (form.bits * form.folds))
@@ -109,7 +109,7 @@ def tiling(form: PartFormat, levels: int) -> Tiling:
     )
 
 
-def encode(x: Tensor, form: PartFormat, levels: int, out: Tensor) -> None:
+def encode(x: Tensor, form: AffineFormat, levels: int, out: Tensor) -> None:
     """Write pages `x` `[n, H, page_size, head_dim]` as bytes `out` `[n, H, nbytes]`.
 
     Args:
@@ -130,6 +130,6 @@ def encode(x: Tensor, form: PartFormat, levels: int, out: Tensor) -> None:
     )
 
 
-def word_dtype(form: PartFormat) -> torch.dtype:
+def word_dtype(form: AffineFormat) -> torch.dtype:
     """What kernels write a part in: values of 32 bits are words of their own."""
     return torch.int32 if form.bits > WORD_BITS else torch.int16

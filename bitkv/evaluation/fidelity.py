@@ -15,11 +15,9 @@ from torch import Tensor
 from bitkv.attention import BACKENDS, AttentionRequest, Backend
 from bitkv.attention.reference import attend
 from bitkv.cache import PagedCache
-from bitkv.codecs import Unquantized
 from bitkv.evaluation.protocols import Advance, Subject, Windows, ignore
 from bitkv.evaluation.report import Fidelity, Row
 from bitkv.integrations.transformers import PackedCache
-from bitkv.recipe import Recipe
 from bitkv.view import CacheView
 
 NUM_QUERIES = 64  # as many as recent tokens: later queries all see a realistic hot window
@@ -77,7 +75,7 @@ def fidelity(
     for ids in windows.ids:
         captured = capture(stock, ids)
         for i, subject in enumerate(subjects):
-            energies, caches[i] = _energies(subject.packing(), captured)
+            energies, caches[i] = _energies(subject, captured)
             sums[i] = sums[i] + energies
             advance()
     window = windows.ids.shape[1]
@@ -96,15 +94,12 @@ def fidelity(
 
 
 @torch.inference_mode()
-def _energies(recipe: Recipe, captured: Sequence[Captured]) -> tuple[Tensor, PagedCache]:
+def _energies(subject: Subject, captured: Sequence[Captured]) -> tuple[Tensor, PagedCache]:
     """Squared errors and squared norms, float64 `[layers, 8]`, and the cache with both parts packed."""
+    recipe = subject.packing()
     key_only, value_only, both = (
-        _pack(variant, captured)
-        for variant in (
-            dataclasses.replace(recipe, value=Unquantized()),
-            dataclasses.replace(recipe, key=Unquantized()),
-            recipe,
-        )
+        _pack(dataclasses.replace(subject, recipe=variant), captured)
+        for variant in (recipe.only("key"), recipe.only("value"), recipe)
     )
     rows = []
     for layer in captured:
@@ -119,8 +114,10 @@ def _energies(recipe: Recipe, captured: Sequence[Captured]) -> tuple[Tensor, Pag
     return torch.stack(rows), both
 
 
-def _pack(recipe: Recipe, captured: Sequence[Captured]) -> PagedCache:
-    cache = PagedCache(recipe, captured[-1].layer_idx + 1)
+def _pack(subject: Subject, captured: Sequence[Captured]) -> PagedCache:
+    new = subject.new_cache(exact_prefill=True)
+    assert new is not None
+    cache = new.paged
     for layer in captured:
         cache.append(layer.layer_idx, layer.k, layer.v)
     return cache
@@ -129,7 +126,7 @@ def _pack(recipe: Recipe, captured: Sequence[Captured]) -> PagedCache:
 def _in_pages(view: CacheView) -> tuple[Tensor, Tensor]:
     """Float32 keys and values `[Hkv, T, D]` of the packed tokens of a single sequence."""
     pages = view.block_table[0, : int(view.packed_len[0]) // view.format.page_size]
-    k, v = view.format.dequantize(view.pages[pages.long()])
+    k, v = view.dequantize(pages)
     return k.transpose(0, 1).flatten(1, 2), v.transpose(0, 1).flatten(1, 2)
 
 

@@ -22,7 +22,8 @@ from bitkv.evaluation.protocols import (
 )
 from bitkv.evaluation.recall import MAKERS, RecallProtocol, recall
 from bitkv.evaluation.report import Row
-from bitkv.recipe import Recipe, as_recipe
+from bitkv.recipe import Recipe
+from bitkv.recipe_file import as_recipe
 
 _WINDOWED = ("perplexity", "agreement", "fidelity")
 TASKS = (*_WINDOWED, *MAKERS)

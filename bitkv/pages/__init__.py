@@ -70,12 +70,29 @@ class PageFormat:
                 raise ValueError(f"{name} differs within a page: {mine} for keys, {other} for values")
 
     @property
+    def affine(self) -> tuple[AffineFormat, AffineFormat]:
+        """Both parts, for kernels that take no other kind.
+
+        Raises:
+            ValueError: one of them is another.
+        """
+        key, value = self.key, self.value
+        if not (isinstance(key, AffineFormat) and isinstance(value, AffineFormat)):
+            names = f"{type(key).__name__} and {type(value).__name__}"
+            raise ValueError(f"this kernel takes scales and zero points, not {names}")
+        return key, value
+
+    @property
     def head_dim(self) -> int:
         return self.key.head_dim
 
     @property
     def page_size(self) -> int:
         return self.key.page_size
+
+    @property
+    def layout(self) -> str:
+        return self.key.layout
 
     @property
     def page_bytes(self) -> int:

@@ -126,6 +126,10 @@ class AffineFormat(PartFormat):
         return 0 if self.is_raw else self.page_size * self.head_dim // self.group_size
 
     @property
+    def code_bits(self) -> float:
+        return self.bits
+
+    @property
     def nbytes(self) -> int:
         return self.code_bytes + 4 * self.num_groups
 

@@ -49,8 +49,18 @@ class PartFormat(ABC):
 
     @property
     @abstractmethod
+    def code_bits(self) -> float:
+        """Bits of codes an element, without what is stored beside them."""
+
+    @property
+    @abstractmethod
     def nbytes(self) -> int:
         """Bytes of a page of one KV head."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> tuple[int, ...]:
+        """What native kernels take."""
 
     @abstractmethod
     def pack(self, q: Any) -> Tensor:

@@ -33,7 +33,9 @@ class CodedTensor(NamedTuple):
             raise ValueError("codes of a codebook mean nothing without it; pass the layer's codebook")
         heads, groups = (
             torch.arange(n, device=self.codes.device) % size
-            for n, size in zip((self.codes.shape[-3], self.codes.shape[-1]), codebook.shape, strict=False)
+            for n, size in zip(
+                (self.codes.shape[-3], self.codes.shape[-1]), codebook.shape, strict=False
+            )
         )
         x = codebook[heads[:, None, None], groups, self.codes.long()].float().flatten(-2)
         if self.scale is not None:
@@ -47,10 +49,10 @@ class CodedTensor(NamedTuple):
 class CodebookFormat(PartFormat):
     """Indices of any width from 1 to 16 bits, packed exactly.
 
-    An index is cut into planes of 8, 4, 2 and 1 bits, the lowest bits and the widest plane first: 10 bits
-    are a byte and a plane of two bits. A plane holds the codes of one group of channels after the other,
-    and of a group all tokens, so that a table of that group serves a whole vector of codes. Position j of
-    byte w of a group is token `j * W + w` of a plane with W bytes a group. Scales follow, then zero points.
+    An index is cut into planes of 8, 4, 2 and 1 bits, the lowest bits and the widest plane first: 10
+    bits are a byte and a plane of two bits. A plane holds one group of channels after the other, and of
+    a group all tokens, so that a table of that group serves a whole vector of codes. In a plane with W
+    bytes a group, position j of byte w is token `j * W + w`. Scales follow, then zero points.
 
     Args:
         bits: of an index.
@@ -96,8 +98,16 @@ class CodebookFormat(PartFormat):
         return self.groups * self.page_size * self.bits // 8
 
     @property
+    def code_bits(self) -> float:
+        return 8 * self.code_bytes / (self.page_size * self.head_dim)
+
+    @property
     def nbytes(self) -> int:
         return self.code_bytes + 2 * self.scales * self.page_size
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        return self.bits, self.channels, self.width, self.page_size, self.scales
 
     def pack(self, q: CodedTensor) -> Tensor:
         """Bytes `[..., H, nbytes]` of one page of codes `[..., H, page_size, groups]`."""
@@ -120,5 +130,7 @@ class CodebookFormat(PartFormat):
             x = split_bits(torch.unflatten(plane, -1, (self.groups, -1)), bits).flatten(-2)
             codes = codes + (x.to(torch.int32) << shift)
             shift += bits
-        halves = torch.unflatten(meta.contiguous().view(torch.float16), -1, (self.scales, -1))
+        halves = torch.unflatten(
+            meta.contiguous().view(torch.float16), -1, (self.scales, self.page_size)
+        )
         return CodedTensor(codes.transpose(-1, -2), *halves.unbind(-2))

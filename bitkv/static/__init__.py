@@ -9,6 +9,7 @@ from torch import Tensor
 from bitkv.checks import check_tokens
 from bitkv.codecs import Codec
 from bitkv.layer import PagedLayer
+from bitkv.rope import Rope
 from bitkv.static.operator import append, why_not
 
 __all__ = ["StaticLayer"]
@@ -24,7 +25,7 @@ class StaticLayer(PagedLayer):
     tensors are the truth here: operations of the host (append, crop, gather, save) read them back first.
 
     Args:
-        key, value, num_sink_tokens, recent_tokens, page_size, layout: see `PagedLayer`.
+        key, value, num_sink_tokens, recent_tokens, page_size, layout, rope: see `PagedLayer`.
         max_tokens: room of each sequence.
         step_tokens: the most tokens `step` will be given at a time.
 
@@ -43,6 +44,7 @@ class StaticLayer(PagedLayer):
         max_tokens: int,
         step_tokens: int = 1,
         layout: str | None = None,
+        rope: Rope | None = None,
     ) -> None:
         for name, number in (("max_tokens", max_tokens), ("step_tokens", step_tokens)):
             if number < 1:
@@ -56,6 +58,7 @@ class StaticLayer(PagedLayer):
             recent_tokens=recent_tokens,
             page_size=page_size,
             layout=layout,
+            rope=rope,
         )
 
     def reset(self) -> None:
@@ -97,9 +100,9 @@ class StaticLayer(PagedLayer):
         Raises:
             ValueError: no step can run on their device, or writes these codecs' pages.
         """
-        form = self.page_format(k.shape[3], k.dtype, k.device)
+        packing = self._packing_of(k)
         levels = (self.key.native_levels, self.value.native_levels)
-        if reason := why_not(k.device, form, levels):
+        if reason := why_not(k.device, packing, levels):
             raise ValueError(f"a static cache {reason}")
         super().allocate(k)
         # properties that are computed once are computed here, where no compiler looks on

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitkv.codecs import Affine, Codec, Unquantized
 from bitkv.codecs.affine import LEVELS
-from bitkv.pages import PageFormat, PartFormat
+from bitkv.pages import AffineFormat, PageFormat
 
 
 def append(
@@ -36,7 +36,7 @@ def append(
             stop = start + due * page
             places = block_table[b, used : used + due].long()
             tokens = [torch.unflatten(x[b, :, start:stop], 1, (due, page)).transpose(0, 1) for x in hot]
-            parts = zip(tokens, (form.key, form.value), levels, strict=True)
+            parts = zip(tokens, form.affine, levels, strict=True)
             encoded = [_codec(part, level).encode(x, part) for x, part, level in parts]
             pages[places, :, : form.key.nbytes], pages[places, :, form.key.nbytes :] = encoded
             packed_len[b] = packed + due * page
@@ -47,7 +47,7 @@ def append(
         hot_len[b] = first + count
 
 
-def _codec(part: PartFormat, level: int) -> Codec:
+def _codec(part: AffineFormat, level: int) -> Codec:
     """The codec that makes pages of this format, with levels as kernels count them."""
     if part.is_raw:
         return Unquantized()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from bitkv.attention.triton import interpreted
+from bitkv.packing import Packing
 from bitkv.pages import PageFormat
 from bitkv.static import host
 
@@ -36,12 +37,12 @@ def _append(
         pages, block_table, packed_len, hot_k, hot_v, hot_len: as in `CacheView`; the table names the
             pages to come.
         tickets: int32 `[B, 2]`: 0 between calls; tokens that found no room.
-        key, value: `PartFormat.numbers` of the two halves of a page, and `layout` of both.
+        key, value: `AffineFormat.numbers` of the two halves of a page, and `layout` of both.
         levels: `Codec.native_levels` of both.
         hot_capacity: a page is due when the window holds so many tokens.
     """
     form = PageFormat.of_numbers(tuple(key), tuple(value), layout)
-    parts = form.key, form.value
+    parts = form.affine
     if not _has_kernel(k.device, layout):
         lengths = packed_len, hot_len, tickets
         host.append(
@@ -81,13 +82,14 @@ append = torch.library.custom_op(
 def _fake(k: Tensor, *_: object) -> None: ...
 
 
-def why_not(device: torch.device, form: PageFormat, levels: Sequence[int | None]) -> str | None:
+def why_not(device: torch.device, packing: Packing, levels: Sequence[int | None]) -> str | None:
     """Why no step can run on a device, as the end of a sentence; None if it can."""
     if device.type == "cuda" and find_spec("triton") is None:
         return "on a GPU needs Triton; pip install triton"
-    if device.type == "cuda" and form.key.layout != "strided":
-        return f"on a GPU holds pages of the layout 'strided', not {form.key.layout!r}; pass no layout"
-    if None in levels:
+    layout = packing.format.layout
+    if device.type == "cuda" and layout != "strided":
+        return f"on a GPU holds pages of the layout 'strided', not {layout!r}; pass no layout"
+    if None in levels or not (packing.key_shared.is_plain and packing.value_shared.is_plain):
         return "takes codecs with kernels: Affine and Unquantized"
     return None
 

@@ -15,9 +15,11 @@ from bitkv.cache import PagedCache
 from bitkv.integrations.transformers.attention import switch_attention
 from bitkv.integrations.transformers.layer import PackedLayer
 from bitkv.integrations.transformers.masks import MaskReader
+from bitkv.integrations.transformers.rope import rope_of
 from bitkv.integrations.transformers.static import StaticPackedLayer
 from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
+from bitkv.recipe_file import as_recipe
 
 _VOLATILE = ("transformers_version", "_name_or_path", "use_cache", "dtype", "attn_implementation")
 
@@ -30,7 +32,7 @@ class PackedCache(Cache):  # type: ignore[misc]
 
     Args:
         config: `model.config`.
-        recipe: a `Recipe` or its text, such as "kivi2".
+        recipe: a `Recipe`, its text, such as "kivi2", or a recipe file that `bitkv calibrate` wrote.
         max_cache_len: take room for so many columns (tokens, padding included) with the first tokens;
             decode steps can then be compiled or captured in a CUDA graph, and `generate` compiles them
             on a GPU. By default the cache grows.
@@ -54,8 +56,15 @@ class PackedCache(Cache):  # type: ignore[misc]
         decoder = decoder_config(config)
         stock = _stock_layers(decoder, max_cache_len)
         self.max_cache_len = max_cache_len
-        self.paged = PagedCache(recipe, len(stock), max_tokens=max_cache_len)
         self.fingerprint = fingerprint(config)
+        recipe = as_recipe(recipe)
+        if recipe.calibration is not None and recipe.calibration.model != self.fingerprint:
+            raise ValueError(
+                f"the recipe was calibrated for another model than this {decoder.model_type}; calibrate "
+                "it for this one with `bitkv calibrate`"
+            )
+        rope = rope_of(decoder)
+        self.paged = PagedCache(recipe, len(stock), max_tokens=max_cache_len, rope=rope)
         full = [type(layer) in (DynamicLayer, StaticLayer) for layer in stock]
         if not any(isinstance(layer, (DynamicLayer, StaticLayer)) for layer in stock):
             raise ValueError(f"{decoder.model_type} has no KV cache for bitkv to pack")

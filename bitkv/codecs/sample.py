@@ -1,0 +1,48 @@
+"""What a codec learns from: keys or values of one layer, gathered over calibration text."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitkv.pages.base import Site
+from bitkv.rope import Rope
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Tokens of one layer for keys or for values.
+
+    Args:
+        site: "key" or "value".
+        x: `[Hkv, N, D]`; keys as they are in the cache, after the rotary embedding.
+        positions: int64 `[N]`, the places of the tokens in their texts.
+        gradient: `[Hkv, N, D]`, of the text's loss with respect to `x`.
+        queries: `[Hq, N, D]` of the same tokens, after the rotary embedding; for keys only.
+        rope: the model's rotary embedding, where it has one that is known.
+        seed: of whatever is drawn at random.
+    """
+
+    site: Site
+    x: Tensor
+    positions: Tensor
+    gradient: Tensor
+    queries: Tensor | None
+    rope: Rope | None
+    seed: int = 0
+
+    def at(self, where: str) -> tuple[Tensor, Tensor]:
+        """`x` and `gradient` in float32, for keys "before" or "after" the rotary embedding.
+
+        Raises:
+            ValueError: before it, and the model has none that is known.
+        """
+        x, gradient = self.x.float(), self.gradient.float()
+        if self.site == "value" or where == "after":
+            return x, gradient
+        if self.rope is None:
+            raise ValueError(
+                "this model has no rotary embedding that bitkv knows (default, linear, llama3 or yarn); "
+                "use rope='after'"
+            )
+        # a rotation's transpose is its inverse; its factor does not matter to relative weights
+        return self.rope.undo(x, self.positions), self.rope.undo(gradient, self.positions)
