@@ -42,12 +42,14 @@ class Calibration:
 
     Args:
         codecs: the key codec and the value codec of each layer.
-        model: fingerprint of the model.
+        model: fingerprint of the model's config.
+        weights: digest of some of its weights.
         source: the text they learned from, its tokens and the seed, in words.
     """
 
     codecs: tuple[tuple[Codec, Codec], ...]
     model: str
+    weights: str
     source: str
 
     @cached_property
@@ -281,8 +283,12 @@ def parse(text: str) -> Recipe:
 
 def load(path: Path) -> Recipe:
     """The recipe written in a text file; lines that begin with `#` are comments."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return parse("\n".join(line for line in lines if not line.lstrip().startswith("#")))
+    return parse(without_comments(path.read_text(encoding="utf-8")))
+
+
+def without_comments(text: str) -> str:
+    """A text without its lines that begin with `#`."""
+    return "\n".join(line for line in text.splitlines() if not line.lstrip().startswith("#"))
 
 
 def _choices() -> str:

@@ -28,6 +28,7 @@ def write(recipe: Recipe, path: Path) -> None:
         "recipe": repr(recipe),
         "layers": str(len(calibration.codecs)),
         "model": calibration.model,
+        "weights": calibration.weights,
         "source": calibration.source,
         "digest": calibration.digest,
     }
@@ -49,7 +50,7 @@ def read(path: Path) -> Recipe:
         recipe = parse(metadata["recipe"])
         pairs = [recipe.codecs(i) for i in range(int(metadata["layers"]))]
         codecs = tuple(with_learned(tensors, i, pair) for i, pair in enumerate(pairs))
-        calibration = Calibration(codecs, metadata["model"], metadata["source"])
+        calibration = Calibration(codecs, metadata["model"], metadata["weights"], metadata["source"])
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}; calibrate again") from None
     if calibration.digest != metadata.get("digest"):

@@ -12,17 +12,22 @@ from bitkv.calibration.partial import Partial
 from bitkv.codecs import Codec, Sample
 from bitkv.digests import digest_of
 from bitkv.evaluation.protocols import cut
-from bitkv.integrations.transformers.cache import decoder_config, fingerprint
+from bitkv.integrations.transformers.cache import decoder_config
+from bitkv.integrations.transformers.fingerprint import fingerprint, weights_digest
 from bitkv.integrations.transformers.gather import Gathered, gather
 from bitkv.integrations.transformers.rope import rope_of
 from bitkv.recipe import Calibration, Recipe
 from bitkv.recipe_file import as_recipe, read, write
 from bitkv.rope import Rope
 
-__all__ = ["calibrate", "read", "write"]
+__all__ = ["TooLittleText", "calibrate", "read", "write"]
 
 _EVERY = 2**62
 _ENOUGH = 32  # tokens a centroid: CQ's own 16 texts of 2,048 tokens for 1,024 centroids
+
+
+class TooLittleText(UserWarning):
+    """A codebook has so many centroids that it would learn the calibration text by heart."""
 
 
 def calibrate(
@@ -82,7 +87,8 @@ def calibrate(
             advance(step / len(layers))
     codecs = tuple(done.codecs(i) if i in done else recipe.codecs(i) for i in range(num_layers))
     done.remove()
-    return recipe.calibrated(Calibration(codecs, model_print, source))
+    weights = weights_digest(model, 0)
+    return recipe.calibrated(Calibration(codecs, model_print, weights, source))
 
 
 def _fit(pair: tuple[Codec, Codec], x: Gathered, rope: Rope | None, seed: int) -> tuple[Codec, Codec]:
@@ -115,6 +121,7 @@ def _check_size(recipe: Recipe, num_layers: int, tokens: int) -> None:
         warnings.warn(
             f"{tokens} tokens for codebooks of {entries} centroids are {tokens / entries:.0f} each; "
             f"with fewer than {_ENOUGH} ({_ENOUGH * entries} tokens) they suit this text alone",
+            TooLittleText,
             stacklevel=3,
         )
 

@@ -1,4 +1,4 @@
-"""The command line: `bitkv generate | recipes | bench | eval`.
+"""The command line: `bitkv generate | recipes | bench | eval | calibrate | tune`.
 
 Bad input is one sentence on standard error and exit code 2. A command imports torch only once it runs.
 """
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from bitkv.cli import bench, evaluate, generate, recipes
+from bitkv.cli import bench, calibrate, evaluate, generate, recipes, tune
 
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -19,6 +19,8 @@ _EXAMPLES = """examples:
   bitkv recipes                         what can be written after --recipe
   bitkv bench attention --recipe kivi2  decode attention against context length
   bitkv eval --recipe kivi2             what a recipe costs in quality
+  bitkv calibrate --recipe 'cq(8, 8)' --output cq8.safetensors   codecs that learn from text
+  bitkv tune --bits 1.75 --output mine.txt                       bits for the layers that need them
 """
 
 
@@ -52,6 +54,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("recipes", recipes),
         ("bench", bench),
         ("eval", evaluate),
+        ("calibrate", calibrate),
+        ("tune", tune),
     ):
         sub = commands.add_parser(
             name,

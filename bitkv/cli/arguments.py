@@ -55,14 +55,15 @@ def _number(text: str, make: type[N], accept: Callable[[N], bool], what: str) ->
 
 
 def recipe(text: str) -> "Recipe":
-    """The recipe of `TEXT` or `@FILE`.
+    """The recipe of `TEXT`, `@FILE` or a recipe file.
 
     Raises:
         ValueError: a file that is not there, or a text that names no recipe.
     """
-    from bitkv.recipe import parse
+    from bitkv.recipe import parse, without_comments
+    from bitkv.recipe_file import as_recipe
 
-    return parse(read_text(text[1:]) if text.startswith("@") else text)
+    return parse(without_comments(read_text(text[1:]))) if text.startswith("@") else as_recipe(text)
 
 
 def named_recipe(text: str) -> "Recipe | str":

@@ -2,13 +2,13 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from bitkv.codecs.compiled import encode_natively
+from bitkv.codecs.compiled import encode_codes_natively, encode_natively
 from bitkv.codecs.sample import Sample
 from bitkv.pages import PartFormat, Quantized, Site
 from bitkv.rope import Rope
@@ -31,6 +31,20 @@ class Codec(ABC):
 
     learns: ClassVar[bool] = False
     """Whether it does nothing useful before `calibrate`."""
+
+    takes_nearest: ClassVar[bool] = False
+    """Whether its codes are the nearest entries of the codebook and nothing else."""
+
+    def __str__(self) -> str:
+        """The shortest text that is parsed as this codec: without what is as by default."""
+        words = [
+            repr(getattr(self, f.name))
+            if f.default is MISSING
+            else f"{f.name}={getattr(self, f.name)!r}"
+            for f in fields(self)
+            if f.repr and getattr(self, f.name) != f.default
+        ]
+        return f"{type(self).__name__}({', '.join(words)})"
 
     @property
     def centroids(self) -> int:
@@ -136,7 +150,9 @@ class Codec(ABC):
 
     def _encode_natively(self, y: Tensor, form: Any, out: Tensor, shared: Shared) -> bool:
         """Write pages of `Shared.to_pages` by a kernel; False if there is none."""
-        return shared.codebook is None and encode_natively(y, form, self.native_levels, out)
+        if shared.codebook is not None:
+            return self.takes_nearest and encode_codes_natively(y, form, shared.codebook, out)
+        return encode_natively(y, form, self.native_levels, out)
 
     @property
     def native_levels(self) -> int | None:

@@ -6,8 +6,9 @@ attends to the packed cache. A handle that any other operation touches becomes t
 model's dtype: slow but right. Layers that are not full attention keep the cache Transformers gives them.
 """
 
-from bitkv.integrations.transformers.cache import PackedCache, fingerprint
+from bitkv.integrations.transformers.cache import PackedCache
 from bitkv.integrations.transformers.context import packed
+from bitkv.integrations.transformers.fingerprint import fingerprint
 from bitkv.integrations.transformers.layer import Handle, PackedLayer
 from bitkv.integrations.transformers.static import StaticPackedLayer
 

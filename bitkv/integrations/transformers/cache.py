@@ -1,7 +1,5 @@
 """The cache to pass as `past_key_values`: packed layers, and those that Transformers keeps."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 
 from bitkv.cache import PagedCache
 from bitkv.integrations.transformers.attention import switch_attention
+from bitkv.integrations.transformers.fingerprint import fingerprint
 from bitkv.integrations.transformers.layer import PackedLayer
 from bitkv.integrations.transformers.masks import MaskReader
 from bitkv.integrations.transformers.rope import rope_of
@@ -20,8 +19,6 @@ from bitkv.integrations.transformers.static import StaticPackedLayer
 from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
 from bitkv.recipe_file import as_recipe
-
-_VOLATILE = ("transformers_version", "_name_or_path", "use_cache", "dtype", "attn_implementation")
 
 
 class PackedCache(Cache):  # type: ignore[misc]
@@ -150,12 +147,6 @@ def _stock_layers(decoder: Config, max_cache_len: int | None) -> list[Any]:
     if max_cache_len is None:
         return list(DynamicCache(config=decoder).layers)
     return list(StaticCache(config=decoder, max_cache_len=max_cache_len).layers)
-
-
-def fingerprint(config: Config) -> str:
-    """A digest of everything in a config that decides what a cache means."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in _VOLATILE}
-    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def decoder_config(config: Config) -> Config:

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bitkv.attention import attend
 from bitkv.cache import PagedCache
+from bitkv.integrations.transformers.fingerprint import check_calibration
 from bitkv.integrations.transformers.masks import MaskReader
 from bitkv.layer import PagedLayer
 
@@ -203,6 +204,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         assert self._pending is not None
         k, v = self._pending
         is_first = self.length == k.shape[2]
+        if is_first and self.layer_idx == 0:
+            check_calibration(self.cache.recipe, module)
         real = self.masks.real_columns(mask, self.columns, self.length, k.shape[2], k.shape[0])
         positions = self._positions(real, q.shape[2])
         self._store_columns(real, k)
