@@ -37,13 +37,11 @@ class Codec(ABC):
 
     def __str__(self) -> str:
         """The shortest text that is parsed as this codec: without what is as by default."""
-        words = [
-            repr(getattr(self, f.name))
-            if f.default is MISSING
-            else f"{f.name}={getattr(self, f.name)!r}"
-            for f in fields(self)
-            if f.repr and getattr(self, f.name) != f.default
-        ]
+        words: list[str] = []
+        for i, f in enumerate(f for f in fields(self) if f.repr):
+            value = getattr(self, f.name)
+            if value != f.default:
+                words.append(repr(value) if len(words) == i else f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(words)})"
 
     @property
