@@ -4,6 +4,8 @@ dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes fo
 """
 
 _Part = tuple[int, int, int, int, int, int]
+_CodePart = tuple[int, int, int, int, int]
+_Codebook = tuple[int, int, int, int, int]  # data, heads, groups, entries, channels; contiguous float32
 
 def isas() -> list[str]:
     """The instruction sets this CPU can run, best first."""
@@ -38,6 +40,32 @@ def encode(
     /,
 ) -> None:
     """Quantize and pack one part of some pages into `out`."""
+
+def encode_codes(
+    isa: str,
+    x: int,
+    dtype: int,
+    strides: tuple[int, int, int],  # page, head, token
+    shape: tuple[int, int],  # pages, heads
+    part: _CodePart,
+    codebook: _Codebook,
+    out: int,
+    out_strides: tuple[int, int],  # page, head
+    threads: int,
+    /,
+) -> None:
+    """Pack the nearest entries of a codebook for one part of some pages into `out`."""
+
+def nearest(
+    isa: str,
+    x: int,  # float32, as the codebook
+    codebook: int,
+    out: int,  # int32
+    shape: tuple[int, int, int, int],  # groups, points, channels, entries
+    threads: int,
+    /,
+) -> None:
+    """For each point `[groups, points, channels]` its nearest of `[groups, entries, channels]`."""
 
 def append(
     hot: tuple[int, int, int],  # hot_k, hot_v, hot_len

@@ -65,6 +65,26 @@ def isa() -> str:
     return asked
 
 
+def nearest(x: Tensor, codebook: Tensor) -> Tensor | None:
+    """int32 `[G, N]`, for each point of `x` `[G, N, c]` the closest of `codebook` `[G, E, c]`, the first
+    of several; None where no kernel can say.
+    """
+    if x.device.type != "cpu" or codebook.device.type != "cpu" or why_not():
+        return None
+    x, codebook = x.float().contiguous(), codebook.float().contiguous()
+    groups, points, channels = x.shape
+    out = torch.empty(groups, points, dtype=torch.int32)
+    module().nearest(
+        isa(),
+        x.data_ptr(),
+        codebook.data_ptr(),
+        out.data_ptr(),
+        (groups, points, channels, codebook.shape[1]),
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def append(k: Tensor, v: Tensor, hot_k: Tensor, hot_v: Tensor, hot_len: Tensor, start: int) -> bool:
     """Put tokens `[B, H, T, D]` into a hot window from token `start` on; False if it cannot."""
     strides, hot_strides = k.stride(), hot_k.stride()

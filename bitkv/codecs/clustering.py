@@ -3,11 +3,19 @@
 import torch
 from torch import Tensor
 
+from bitkv import native
+
 _SCORES_AT_ONCE = 2**24  # float32 distances held together
 
 
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """int32 `[G, N]`: for each point of `x` `[G, N, c]` the closest entry of `codebook` `[G, E, c]`."""
+    found = native.nearest(x, codebook)
+    return _nearest(x, codebook) if found is None else found
+
+
+def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
+    """In torch; of entries equally near any may be chosen."""
     x, codebook = x.float(), codebook.float()
     bias = -0.5 * codebook.square().sum(-1).unsqueeze(-2)
     step = max(1, _SCORES_AT_ONCE // (codebook.shape[0] * codebook.shape[1]))

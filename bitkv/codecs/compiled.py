@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bitkv import native
-from bitkv.pages import LANES, RAW_DTYPES, AffineFormat
+from bitkv.pages import LANES, RAW_DTYPES, AffineFormat, CodebookFormat
 
 
 def encode_natively(x: Tensor, form: Any, levels: int | None, out: Tensor) -> bool:
@@ -33,6 +33,34 @@ def _encode_on_cpu(x: Tensor, form: AffineFormat, levels: int, out: Tensor) -> b
         form.numbers,
         form.site == "key",
         levels,
+        out.data_ptr(),
+        out.stride()[:2],
+        torch.get_num_threads(),
+    )
+    return True
+
+
+def encode_codes_natively(x: Tensor, form: Any, codebook: Tensor, out: Tensor) -> bool:
+    """Write the nearest entries for pages `x` `[n, H, page_size, W]`; False if it cannot.
+
+    Args:
+        codebook: `[H, groups, entries, channels]`, a 1 for H or groups serving all of them.
+    """
+    alike = x.device.type == out.device.type == codebook.device.type == "cpu"
+    dense = x.stride(3) == out.stride(2) == 1 and x.dtype in native.DTYPES
+    if not isinstance(form, CodebookFormat) or form.scales or form.width % LANES:
+        return False
+    if not (alike and dense) or native.why_not():
+        return False
+    codebook = codebook.float().contiguous()
+    native.module().encode_codes(
+        native.isa(),
+        x.data_ptr(),
+        native.DTYPES[x.dtype],
+        x.stride()[:3],
+        tuple(x.shape[:2]),
+        form.numbers,
+        (codebook.data_ptr(), *codebook.shape),
         out.data_ptr(),
         out.stride()[:2],
         torch.get_num_threads(),

@@ -41,6 +41,7 @@ class Coupled(Codec):
     rope: RopeSite = "before"
 
     learns = True
+    takes_nearest = True
 
     def __post_init__(self) -> None:
         for name, allowed in (

@@ -5,7 +5,8 @@
 #define BITKV_ISA portable
 #include "attend.h"
 #include "quantize.h"
+#include "nearest.h"
 
 namespace bitkv {
-const Kernels kPortable{"portable", false, portable::attend, portable::encode};
+const Kernels kPortable{"portable", false, portable::attend, portable::encode, portable::nearest, portable::encode_codes};
 }

@@ -57,11 +57,36 @@ struct EncodeRequest {
   int threads;
 };
 
+// Points whose nearest entries are asked for; everything is contiguous.
+struct NearestRequest {
+  const float* x;         // [groups, points, channels]
+  const float* codebook;  // [groups, entries, channels]
+  int32_t* out;           // [groups, points]
+  int groups;
+  int64_t points;
+  int channels, entries, threads;
+};
+
+// One part of pages to code by the nearest entries of a codebook and to pack; it has no scales.
+struct EncodeCodesRequest {
+  const void* x;  // as in EncodeRequest
+  DType dtype;
+  int64_t page_stride, head_stride, token_stride;
+  int pages, heads;
+  CodePart part;  // its width a multiple of 16
+  Codebook codebook;
+  uint8_t* out;
+  int64_t out_page_stride, out_head_stride;
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   bool lookups;  // for AttendRequest
   void (*attend)(const AttendRequest&);
   void (*encode)(const EncodeRequest&);
+  void (*nearest)(const NearestRequest&);
+  void (*encode_codes)(const EncodeCodesRequest&);
 };
 
 extern const Kernels kPortable;

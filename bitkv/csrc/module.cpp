@@ -31,6 +31,19 @@ Part part_of(const PartNumbers& numbers) {
   return {bits, rows, columns, group, row_scales != 0, DType(dtype)};
 }
 
+using CodeNumbers = std::tuple<int, int, int, int, int>;
+using CodebookTensor = std::tuple<Address, int, int, int, int>;  // data, heads, groups, entries, channels
+
+CodePart code_part_of(const CodeNumbers& numbers) {
+  const auto& [bits, channels, width, page_size, scales] = numbers;
+  return {bits, channels, width, page_size, scales};
+}
+
+Codebook codebook_of(const CodebookTensor& tensor) {
+  const auto& [data, heads, groups, entries, channels] = tensor;
+  return {at<const float>(data), heads, groups, entries, channels};
+}
+
 const std::vector<const Kernels*>& supported() {
   static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> found;
@@ -166,6 +179,50 @@ void encode(std::string_view isa, Address x, int dtype, std::tuple<int64_t, int6
   kernels.encode(request);
 }
 
+void nearest(std::string_view isa, Address x, Address codebook, Address out,
+             std::tuple<int, int64_t, int, int> shape, int threads) {
+  const auto [groups, points, channels, entries] = shape;
+  const NearestRequest request{
+      .x = at<const float>(x),
+      .codebook = at<const float>(codebook),
+      .out = at<int32_t>(out),
+      .groups = groups,
+      .points = points,
+      .channels = channels,
+      .entries = entries,
+      .threads = threads,
+  };
+  const Kernels& kernels = find(isa);
+  const nb::gil_scoped_release released;
+  kernels.nearest(request);
+}
+
+void encode_codes(std::string_view isa, Address x, int dtype, std::tuple<int64_t, int64_t, int64_t> strides,
+                  std::tuple<int, int> shape, const CodeNumbers& part, const CodebookTensor& codebook, Address out,
+                  std::tuple<int64_t, int64_t> out_strides, int threads) {
+  const auto [page_stride, head_stride, token_stride] = strides;
+  const auto [pages, heads] = shape;
+  const auto [out_page_stride, out_head_stride] = out_strides;
+  const EncodeCodesRequest request{
+      .x = at<const void>(x),
+      .dtype = DType(dtype),
+      .page_stride = page_stride,
+      .head_stride = head_stride,
+      .token_stride = token_stride,
+      .pages = pages,
+      .heads = heads,
+      .part = code_part_of(part),
+      .codebook = codebook_of(codebook),
+      .out = at<uint8_t>(out),
+      .out_page_stride = out_page_stride,
+      .out_head_stride = out_head_stride,
+      .threads = threads,
+  };
+  const Kernels& kernels = find(isa);
+  const nb::gil_scoped_release released;
+  kernels.encode_codes(request);
+}
+
 using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, token; in bytes
 
 // Tokens [batch, heads, count] of `bytes` each into the hot window, from its token `start` on.
@@ -195,6 +252,8 @@ NB_MODULE(_native, m) {
   m.def("isas", isas);
   m.def("attend", attend);
   m.def("encode", encode);
+  m.def("encode_codes", encode_codes);
+  m.def("nearest", nearest);
   m.def("append", append);
 }
 

@@ -45,4 +45,44 @@ struct Part {
   const uint16_t* zero_points(const uint8_t* part) const { return scales(part) + num_scales(); }
 };
 
+// A half of a page whose codes are indices into a codebook: bitkv/pages/codebook.py in C++. An index lies
+// in planes of 8, 4, 2 and 1 bits, lowest bits and widest plane first; a plane holds group after group and
+// of a group all tokens, token j * W + w at position j of byte w of its W bytes.
+struct CodePart {
+  int bits;      // of an index, 1 to 16
+  int channels;  // that share an index
+  int width, page_size;
+  int scales;    // a token: 0, 1 (a scale) or 2 (a zero point too)
+
+  int groups() const { return width / channels; }
+  size_t code_bytes() const { return size_t(groups()) * page_size * bits / 8; }
+  size_t nbytes() const { return code_bytes() + 2 * size_t(scales) * page_size; }
+
+  const uint16_t* scale(const uint8_t* part) const { return reinterpret_cast<const uint16_t*>(part + code_bytes()); }
+  const uint16_t* zero_point(const uint8_t* part) const { return scale(part) + page_size; }
+
+  // Calls fn(bits of the plane, how many bits lie in planes before it, where the plane begins).
+  template <class Fn>
+  void each_plane(const Fn& fn) const {
+    int shift = 0;
+    size_t begin = 0;
+    for (int left = bits; left > 0;) {
+      const int plane = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+      fn(plane, shift, begin);
+      shift += plane, left -= plane;
+      begin += size_t(groups()) * page_size * plane / 8;
+    }
+  }
+};
+
+// Float32 [heads, groups, entries, channels], one head or group serving all where there is but one.
+struct Codebook {
+  const float* data;
+  int heads, groups, entries, channels;
+
+  const float* of(int head, int group) const {
+    return data + (size_t(head % heads) * groups + group % groups) * entries * channels;
+  }
+};
+
 }  // namespace bitkv
