@@ -232,11 +232,13 @@ trained from scratch by the scripts in `training/`.
 * **Data**: the source of Python {python}'s standard library and its documentation topics
   (`pydoc_data`) and docstrings, and generated recall tasks (`bitkv/evaluation/tasks.py`). One
   document in ten was held out by a checksum of its name; `heldout.txt` and `document.txt` are such
-  text, which the model has not seen.
+  text, which the model has not seen. `calibration.txt` is from the documents it was trained on.
+  `prose.txt`, the GNU General Public License 3 as Debian ships it, is prose from another world.
 * **Cost**: {tokens:.1f}M tokens in {steps} steps, {minutes:.0f} minutes of wall time on two
   shared CPU cores (no GPU), in several runs that resumed from each other while the curriculum was
   being worked out; the longest training rows had {longest} tokens.
-* **Licence**: weights and tokenizer Apache-2.0; the texts are part of Python, PSF-2.0.
+* **Licence**: weights and tokenizer Apache-2.0; the texts are part of Python, PSF-2.0,
+  but for `prose.txt`, © Free Software Foundation, whose verbatim copying is permitted.
 
 ## Loss on held-out text
 

@@ -1,4 +1,4 @@
-"""Turn a checkpoint into the bundled assets: bf16 weights, tokenizer, held-out text, demo."""
+"""Turn a checkpoint into the bundled assets: bf16 weights, tokenizer, texts, demo."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from training.data import Document, load_corpus
 from training.train import LENGTHS
 
 HELD_OUT_CHARS = 320_000
+CALIBRATION_CHARS, PIECE_CHARS = 300_000, 5_000
+#: Prose that has nothing to do with Python; its licence permits verbatim copies.
+PROSE = Path("/usr/share/common-licenses/GPL-3")
 DOCUMENT_TOKENS = 7_200
 #: Topics of the demo document, in reading order; all are held out by the split rule.
 DOCUMENT_TOPICS = ("execmodel", "try", "assignment", "integers", "break")
@@ -35,6 +38,47 @@ def held_out_text(held_out: list[Document]) -> str:
         if len(text) + len(part) < HELD_OUT_CHARS:
             text += "\n" + part
     return text
+
+
+def calibration_text(train: list[Document], seed: int = 0) -> str:
+    """Pieces of training documents, as much of each kind, in a random order: a prefix is mixed too."""
+    rng = random.Random(seed)
+    pieces: list[str] = []
+    for kind in ("topic", "docstrings", "source"):
+        documents = [d for d in train if d.kind == kind]
+        used = 0
+        for d in rng.sample(documents, len(documents)):
+            piece = _piece(rng, d.text)
+            if used + len(piece) > CALIBRATION_CHARS // 3:
+                break
+            pieces.append(piece)
+            used += len(piece)
+    rng.shuffle(pieces)
+    return "\n".join(pieces)
+
+
+def _piece(rng: random.Random, text: str) -> str:
+    """Consecutive whole lines from a random place, of at most `PIECE_CHARS`."""
+    lines = text.splitlines(keepends=True)
+    start = rng.randrange(max(1, len(text) - PIECE_CHARS))
+    chosen, begin, used = [], 0, 0
+    for line in lines:
+        if begin >= start and used + len(line) <= PIECE_CHARS:
+            chosen.append(line)
+            used += len(line)
+        elif chosen:
+            break
+        begin += len(line)
+    return "".join(chosen)
+
+
+def write_texts(out: Path) -> None:
+    """The texts that no checkpoint is needed for."""
+    train, held_out = load_corpus()
+    (out / "heldout.txt").write_text(held_out_text(held_out), encoding="utf-8")
+    (out / "calibration.txt").write_text(calibration_text(train), encoding="utf-8")
+    if PROSE.exists():  # part of every Debian; elsewhere the committed copy stays
+        (out / "prose.txt").write_bytes(PROSE.read_bytes())
 
 
 def demo_document(held_out: list[Document], count_tokens: Callable[[str], int]) -> str:
@@ -57,15 +101,10 @@ def demo_document(held_out: list[Document], count_tokens: Callable[[str], int]) 
     return "\n\n".join(paragraphs) + "\n\n"
 
 
-def main() -> None:
-    """Write the assets folder."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bitkv/assets"))
-    args = parser.parse_args()
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(args.checkpoint)
-    model = Qwen3ForCausalLM.from_pretrained(args.checkpoint, dtype=torch.bfloat16)
+def write_model(checkpoint: Path, out: Path) -> None:
+    """Weights, tokenizer, where they came from, and a demo that the tokenizer can count."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    model = Qwen3ForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -74,11 +113,10 @@ def main() -> None:
         do_sample=False,
         max_new_tokens=64,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(args.out, safe_serialization=True)
-    tokenizer.save_pretrained(args.out)
+    model.save_pretrained(out, safe_serialization=True)
+    tokenizer.save_pretrained(out)
 
-    saved = json.loads((args.checkpoint / "progress.json").read_text(encoding="utf-8"))
+    saved = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8"))
     made = {
         "python": platform.python_version(),
         "parameters": model.num_parameters(),
@@ -88,7 +126,7 @@ def main() -> None:
         "longest_rows": LENGTHS[min(saved["level"], len(LENGTHS) - 1)],
         "config": model.config.to_dict(),
     }
-    (args.out / "training.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    (out / "training.json").write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
     def count_tokens(text: str) -> int:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -96,10 +134,21 @@ def main() -> None:
     _, held_out = load_corpus()
     document = demo_document(held_out, count_tokens)
     question = tasks.needle_question(ASKED)
-    (args.out / "heldout.txt").write_text(held_out_text(held_out), encoding="utf-8")
-    (args.out / "document.txt").write_text(document, encoding="utf-8")
-    (args.out / "question.txt").write_text(question, encoding="utf-8")
+    (out / "document.txt").write_text(document, encoding="utf-8")
+    (out / "question.txt").write_text(question, encoding="utf-8")
     print(f"document: {len(document)} characters, {count_tokens(document + question)} tokens")
+
+
+def main() -> None:
+    """Write the assets folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", type=Path, help="without one, only the texts are written")
+    parser.add_argument("--out", type=Path, default=Path("bitkv/assets"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_texts(args.out)
+    if args.checkpoint:
+        write_model(args.checkpoint, args.out)
 
 
 if __name__ == "__main__":
