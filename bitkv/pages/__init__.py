@@ -1,7 +1,8 @@
 """The page: `page_size` tokens of one KV head of one layer as self-contained bytes, keys then values.
 
 The two halves have formats of their own: affine.py (scales and zero points beside the codes, or values
-as they are) and codebook.py (indices into a codebook).
+as they are) and codebook.py (indices into a codebook); with something beside these outliers.py (elements
+as they are), promoted.py (more bits for some channels) and centered.py (norms and means).
 """
 
 from dataclasses import dataclass
@@ -19,8 +20,11 @@ from bitkv.pages.affine import (
     QuantizedTensor,
 )
 from bitkv.pages.base import PAGE_SIZES, PartFormat, Quantized, Site
+from bitkv.pages.centered import Byted, CenteredFormat, CenteredTensor
 from bitkv.pages.codebook import CodebookFormat, CodedTensor
 from bitkv.pages.layouts import LANES, LAYOUTS, WORD_BITS, Layout, layout_for
+from bitkv.pages.outliers import OutlierFormat, OutlierTensor
+from bitkv.pages.promoted import PromotedFormat, PromotedTensor
 from bitkv.shared import PLAIN, Shared
 
 __all__ = [
@@ -31,13 +35,20 @@ __all__ = [
     "RAW_DTYPES",
     "WORD_BITS",
     "AffineFormat",
+    "Byted",
+    "CenteredFormat",
+    "CenteredTensor",
     "CodebookFormat",
     "CodedTensor",
     "Granularity",
     "Layout",
     "Numbers",
+    "OutlierFormat",
+    "OutlierTensor",
     "PageFormat",
     "PartFormat",
+    "PromotedFormat",
+    "PromotedTensor",
     "Quantized",
     "QuantizedTensor",
     "Site",
