@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from bitkv import codecs as methods
 from bitkv.codecs import CODECS, Affine, Codec, Unquantized
 from bitkv.digests import digest_of
 from bitkv.pages import PAGE_SIZES
@@ -210,6 +211,12 @@ def _asymkv(lk: int, lv: int) -> Recipe:
     )
 
 
+def _of(key: Codec, value: Codec | None = None, sinks: int = 0) -> Recipe:
+    """A method's codec, for values too unless they have another, and the sinks its paper keeps."""
+    return Recipe(key, key if value is None else value, num_sink_tokens=sinks)
+
+
+_TOKEN2, _TOKEN4 = (Affine(bits, "token", "page") for bits in (2, 4))
 _KIVI, _ASYMKV = "KIVI, arXiv 2402.02750", "AsymKV, arXiv 2410.13212"
 
 PRESETS: dict[str, Preset] = {
@@ -236,6 +243,67 @@ PRESETS: dict[str, Preset] = {
         "bitkv",
         "keys per channel, values per token, any bits, group size, levels and sinks",
         "affine(2, 32, 'mse')",
+    ),
+    "cq": Preset(
+        lambda channels, bits: _of(methods.Coupled(channels, bits)),
+        "CQ, arXiv 2405.03917",
+        "channels coupled under one learned index; keys before the rotary embedding",
+        "cq(8, 8)",
+    ),
+    "qserve4": Preset(
+        lambda: _of(methods.QServe(4), _TOKEN4),
+        "QServe, arXiv 2405.04532",
+        "4 bits a token; keys after SmoothAttention",
+    ),
+    "quarot": Preset(
+        lambda bits: _of(methods.QuaRot(bits)),
+        "QuaRot, arXiv 2404.00456",
+        "Hadamard rotation",
+        "quarot(4)",
+    ),
+    "rotatekv2": Preset(
+        lambda: _of(methods.RotateKV(2), sinks=20),
+        "RotateKV, arXiv 2501.16383",
+        "2 bits a token, Hadamard before the rotary embedding, clipped",
+    ),
+    "kvquant": Preset(
+        lambda bits: _of(methods.KVQuant(bits), sinks=1),
+        "KVQuant, arXiv 2401.18079",
+        "learned levels and 1 % of outliers in 16 bits; keys before the rotary embedding",
+        "kvquant(2)",
+    ),
+    "turboquant": Preset(
+        lambda bits: _of(methods.TurboQuant(bits)),
+        "TurboQuant, arXiv 2504.19874",
+        "random rotation and Lloyd-Max levels, nothing learned",
+        "turboquant(3)",
+    ),
+    "qjl": Preset(
+        lambda: _of(methods.QJL(2), Affine(2, "token", 32)),
+        "QJL, arXiv 2406.03482",
+        "two random signs a channel for keys, 2-bit values in groups of 32",
+    ),
+    "kitty": Preset(
+        lambda: _of(methods.Kitty(), _TOKEN2, sinks=32),
+        "Kitty, arXiv 2511.18643",
+        "2 bits, and 4 for the largest eighth of a page's key channels",
+    ),
+    "vecinfer": Preset(
+        lambda channels, bits: _of(methods.VecInfer(channels, bits)),
+        "VecInfer, arXiv 2510.06175",
+        "scaled and rotated keys, channels coupled under one learned index",
+        "vecinfer(4, 8)",
+    ),
+    "nsn": Preset(
+        lambda bits: _of(methods.NSN(bits)),
+        "NSNQuant, arXiv 2505.18231",
+        "norms and means taken out, one codebook for all models",
+        "nsn(2)",
+    ),
+    "tasq": Preset(
+        lambda: _of(methods.TaSQ(8, 10), methods.Coupled(8, 10)),
+        "TaSQ, arXiv 2610.03027",
+        "keys weighted by queries and grouped by dependence, coupled codes",
     ),
     "best2": Preset(
         lambda: Recipe(
