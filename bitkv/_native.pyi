@@ -6,6 +6,8 @@ dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes fo
 _Part = tuple[int, int, int, int, int, int]
 _CodePart = tuple[int, int, int, int, int]
 _Codebook = tuple[int, int, int, int, int]  # data, heads, groups, entries, channels; contiguous float32
+# codebook; restore, its heads and width; inv_freq, their number, factor; zeros for what there is not
+_Shared = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float]]
 
 def isas() -> list[str]:
     """The instruction sets this CPU can run, best first."""
@@ -14,7 +16,8 @@ def attend(
     isa: str,
     queries: tuple[int, int, int, int, int],  # q, out, lse, positions or 0, dtype
     shape: tuple[int, int, int, int, int],  # batch, heads, kv_heads, queries, head_dim
-    parts: tuple[_Part, _Part],
+    parts: tuple[list[int], list[int]],  # each a _Part or a _CodePart
+    shared: tuple[_Shared, _Shared],
     pages: tuple[int, int, int],  # data, number, page_size
     tables: tuple[int, int, int],  # block_table, its width, packed_len
     # hot_k, hot_v, hot_len, dtype, capacity, batch stride, head stride, num_sink_tokens

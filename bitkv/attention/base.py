@@ -57,6 +57,17 @@ class AttentionRequest:
         numbers = (form.key.numbers, form.value.numbers, view.num_sink_tokens)
         return (self.q, *pages, *hot, self.positions, *numbers, self.scale, window, self.softcap or 0.0)
 
+    @property
+    def shared_operands(self) -> tuple[Tensor | float | None, ...]:
+        """What pages share, as further arguments of an operator that takes more than formats say.
+
+        Of keys codebook, restore, the frequencies of the rotary embedding they lack and its factor; of
+        values codebook and restore.
+        """
+        key, value = self.view.key, self.view.value
+        turns = (None, 1.0) if key.rope is None else (key.rope.inv_freq, key.rope.factor)
+        return (key.codebook, key.restore, *turns, value.codebook, value.restore)
+
 
 @dataclass(frozen=True)
 class Backend:

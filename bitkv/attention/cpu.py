@@ -5,16 +5,20 @@ products, and scales are folded into those once a group.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitkv import native
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.pages import LANES, AffineFormat
+from bitkv.pages import LANES, AffineFormat, CodebookFormat, PartFormat
+from bitkv.shared import Shared
 from bitkv.view import CacheView
 
 _LARGEST_HEAD_DIM = 256
+_PAGE_SIZE_AT = {6: 1, 5: 3}  # in `AffineFormat.numbers` and `CodebookFormat.numbers`
+_Numbers = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float]]
 
 
 def _attend(
@@ -32,8 +36,15 @@ def _attend(
     scale: float,
     window: int,
     softcap: float,
+    key_codebook: Tensor | None = None,
+    key_restore: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    factor: float = 1.0,
+    value_codebook: Tensor | None = None,
+    value_restore: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`.
+    """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`,
+    then `AttentionRequest.shared_operands`.
 
     Raises:
         ValueError: a length or a page number that leads outside its tensor.
@@ -48,6 +59,9 @@ def _attend(
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
     batch, heads, queries, head_dim = q.shape
     _, kv_heads, capacity, _ = hot_k.shape
+    key_shared = _Shared.of(key_codebook, key_restore, inv_freq)
+    value_shared = _Shared.of(value_codebook, value_restore)
+    page_size = key[_PAGE_SIZE_AT[len(key)]]
     out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
     last_seen = 0 if positions is None else positions.data_ptr()
     tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), last_seen)
@@ -56,14 +70,41 @@ def _attend(
         native.isa(),
         (*tensors, native.DTYPES[q.dtype]),
         (batch, heads, kv_heads, queries, head_dim),
-        (tuple(key), tuple(value)),
-        (pages.data_ptr(), pages.shape[0], key[1]),  # keys have a row for each token of a page
+        (list(key), list(value)),
+        (key_shared.numbers(factor), value_shared.numbers()),
+        (pages.data_ptr(), pages.shape[0], page_size),
         (block_table.data_ptr(), block_table.shape[1], packed_len.data_ptr()),
         (*hot, capacity, *hot_k.stride()[:2], num_sink_tokens),
         (scale, window, softcap),
         torch.get_num_threads(),
     )
     return out, lse
+
+
+class _Shared(NamedTuple):
+    """What pages share, as kernels read it: contiguous float32, or None."""
+
+    codebook: Tensor | None = None
+    restore: Tensor | None = None
+    inv_freq: Tensor | None = None
+
+    @classmethod
+    def of(cls, *tensors: Tensor | None) -> "_Shared":
+        if not any(x is not None for x in tensors):
+            return _NOTHING
+        return cls(*(None if x is None else _plain(x, torch.float32) for x in tensors))
+
+    def numbers(self, factor: float = 1.0) -> _Numbers:
+        """The tensors' addresses and sizes, zeros for None."""
+        codebook, restore, inv_freq = self
+        return (
+            (0, 1, 1, 1, 1) if codebook is None else (codebook.data_ptr(), *codebook.shape),
+            (0, 1, 0) if restore is None else (restore.data_ptr(), restore.shape[0], restore.shape[2]),
+            (0, 0, factor) if inv_freq is None else (inv_freq.data_ptr(), inv_freq.shape[0], factor),
+        )
+
+
+_NOTHING = _Shared()
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,7 +125,7 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with sums in float32; see `Backend.run`."""
     # the operator's dispatch in Python takes longer than attention over a short context
     plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
-    return (_attend if plain else cpu_attend)(*request.operands)
+    return (_attend if plain else cpu_attend)(*request.operands, *request.shared_operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:
@@ -103,17 +144,31 @@ def _refuse_dtypes(*tensors: Tensor) -> str | None:
 
 def _refuse_format(view: CacheView) -> str | None:
     form = view.format
-    if not (view.key.is_plain and view.value.is_plain):
-        return "it got codes of a codebook or of transformed tokens, and takes scales and zero points"
     if form.layout != "lanes":
         return f"it got pages of the layout {form.layout!r}, and takes 'lanes'"
     if form.head_dim > _LARGEST_HEAD_DIM:
         return f"it got head_dim {form.head_dim}, and takes at most {_LARGEST_HEAD_DIM}"
-    for part in (form.key, form.value):
-        if not isinstance(part, AffineFormat):
-            return f"it got a {type(part).__name__}, and takes scales and zero points"
+    pairs = 0 if view.key.rope is None else 2 * view.key.rope.inv_freq.shape[0]
+    if pairs > form.head_dim:
+        return f"it got a rotary embedding of {pairs} channels, and takes at most {form.head_dim}"
+    return _refuse_part(form.key, view.key) or _refuse_part(form.value, view.value)
+
+
+def _refuse_part(part: PartFormat, shared: Shared) -> str | None:
+    width = part.head_dim if shared.restore is None else shared.restore.shape[2]
+    if isinstance(part, AffineFormat):
         if part.group_size % LANES:
             return f"it got groups of {part.group_size}, and takes multiples of {LANES}"
+        held = part.head_dim
+    elif isinstance(part, CodebookFormat):
+        held = part.width
+    else:
+        return f"it got a {type(part).__name__}, and takes affine codes and codebooks"
+    if width != held or width % LANES or width > _LARGEST_HEAD_DIM:
+        return (
+            f"it got {held} numbers of a token for {width} that a linear map takes, and takes as many, "
+            f"a multiple of {LANES} up to {_LARGEST_HEAD_DIM}"
+        )
     return None
 
 

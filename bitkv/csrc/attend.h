@@ -4,6 +4,7 @@
 // No include guard: each isa_*.cpp includes this once, after its simd header.
 
 #include "rows.h"
+#include "decode.h"
 
 namespace bitkv::BITKV_ISA {
 
@@ -44,10 +45,12 @@ struct Softmax {
 // Query rows of one KV head and sequence: x = q * scale (in units of log2 unless capped), positions.
 struct Queries {
   const float* x;          // [rows][head_dim]
+  const float* page_x;     // the same as numbers of pages need it: [rows][key.width]
   const int64_t* last;     // newest token that each row sees
   int64_t first_last, last_last;  // the smallest and the largest of these
   Softmax* softmax;
   int rows;
+  int stride;              // between the sums of two rows, which have head_dim or value.width numbers
 };
 
 inline float largest(const float* score, int count) {
@@ -57,15 +60,15 @@ inline float largest(const float* score, int count) {
 }
 
 // Makes `high` the score that weighs 1.
-inline void raise(const AttendRequest& r, Softmax& state, float high) {
+inline void raise(const Queries& q, Softmax& state, float high) {
   if (high == -INFINITY) return;
   const float decay = state.total > 0 ? exp2(state.high - high) : 0;
-  for (int c = 0; c < r.head_dim; c += kLanes) store(state.out + c, load(state.out + c) * set(decay));
+  for (int c = 0; c < q.stride; c += kLanes) store(state.out + c, load(state.out + c) * set(decay));
   state.total *= decay;
   state.high = high;
 }
 
-// Hides what rows do not see of `count` tokens from `first` on, whose scores are [rows][kColumns].
+// Hides what rows do not see of `count` tokens from `first` on, whose scores are [rows][kTile].
 inline void hide(const AttendRequest& r, const Queries& q, int64_t first, int count, int padded, Scratch& s) {
   if (first + padded - 1 <= q.first_last && count == padded && first > q.last_last - r.window) return;  // most pages
   for (int i = 0; i < q.rows; ++i) {
@@ -127,7 +130,7 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
   for (int i = 0; r.softcap > 0 && i < q.rows; ++i) cap(r, s.scores[i], padded);
   hide(r, q, first, count, padded, s);
   for (int i = 0; i < q.rows; ++i) {
-    if (q.softmax[i].high == -INFINITY) raise(r, q.softmax[i], largest(s.scores[i], padded));
+    if (q.softmax[i].high == -INFINITY) raise(q, q.softmax[i], largest(s.scores[i], padded));
   }
   bool matters = false;
   by_rows(q.rows, [&](int row, auto h) {
@@ -136,7 +139,7 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
     bool raised = false;
     for (int i = 0; i < h(); ++i) {
       if (total[i] <= kHeadroom) continue;
-      raise(r, q.softmax[row + i], largest(s.scores[row + i], padded));
+      raise(q, q.softmax[row + i], largest(s.scores[row + i], padded));
       raised = true;
     }
     if (raised) weigh<h()>(q, row, padded, values, data, total, s);
@@ -151,15 +154,6 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
 
 inline bool sees_any(const AttendRequest& r, const Queries& q, int64_t first, int64_t count) {
   return q.last_last >= first && q.first_last - r.window < first + count - 1;
-}
-
-inline void attend_page(const AttendRequest& r, const Half& key, const Half& value, const Queries& q,
-                        const uint8_t* page, int64_t first, ptrdiff_t ahead, Scratch& s) {
-  if (!sees_any(r, q, first, r.page_size)) return;
-  keys_times(key, page, q.x, r.head_dim, q.rows, {s.scores[0], kColumns, false}, ahead, s);
-  const uint8_t* data = page + key.nbytes;
-  if (!soften(r, q, first, r.page_size, value.is_integer() ? &value : nullptr, data, s)) return;
-  values_times(value, data, s.weights[0], kColumns, q.rows, {q.softmax[0].out, r.head_dim, true}, ahead, s);
 }
 
 // --- the hot window -------------------------------------------------------------------------------
@@ -180,9 +174,9 @@ inline void with_loader(const void* p, DType dtype, const Fn& fn) {
   }
 }
 
-// scores[i][t] = x[i] . key t of `count`, for H rows, four keys at a time.
+// scores[i * stride + t] = x[i] . key t of `count`, for H rows, four keys at a time.
 template <int H, class Loader>
-inline void hot_scores(const Loader& keys, int dim, const float* x, int count, float (*scores)[kColumns]) {
+inline void hot_scores(const Loader& keys, int dim, const float* x, int count, float* scores, int stride) {
   for (int t = 0; t < count; t += 4) {
     F acc[H][4];
     int key[4];
@@ -196,17 +190,17 @@ inline void hot_scores(const Loader& keys, int dim, const float* x, int count, f
         repeat<4>([&](auto j) { acc[i][j] = fma(k[j], xc, acc[i][j]); });
       });
     }
-    repeat<H>([&](auto i) { sums(acc[i], scores[i] + t); });
+    repeat<H>([&](auto i) { sums(acc[i], scores + i * stride + t); });
   }
 }
 
 // out[i] += weights[i] . values of `count` tokens, for H rows, as many channels at a time as sums fit in registers.
 template <int H, class Loader>
-inline void hot_values(const Loader& values, int dim, const float (*weights)[kColumns], int count, float* out) {
+inline void hot_values(const Loader& values, int dim, const float (*weights)[kTile], int count, float* out, int stride) {
   constexpr int C = std::max(1, std::min(4, kAccumulators / H));
   const auto sum_channels = [&](int c, auto vectors) {
     F acc[H][vectors()];
-    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { acc[i][j] = load(out + i * dim + c + j * kLanes); }); });
+    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { acc[i][j] = load(out + i * stride + c + j * kLanes); }); });
     for (int t = 0; t < count; ++t) {
       F v[vectors()];
       repeat<vectors()>([&](auto j) { v[j] = values(t * dim + c + j * kLanes); });
@@ -215,7 +209,7 @@ inline void hot_values(const Loader& values, int dim, const float (*weights)[kCo
         repeat<vectors()>([&](auto j) { acc[i][j] = fma(v[j], weight, acc[i][j]); });
       });
     }
-    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { store(out + i * dim + c + j * kLanes, acc[i][j]); }); });
+    repeat<H>([&](auto i) { repeat<vectors()>([&](auto j) { store(out + i * stride + c + j * kLanes, acc[i][j]); }); });
   };
   int c = 0;
   for (; c + C * kLanes <= dim; c += C * kLanes) sum_channels(c, std::integral_constant<int, C>());
@@ -238,13 +232,15 @@ inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset,
   offset += int64_t(begin) * dim;
   with_loader(r.hot_k, r.hot_dtype, [&](const auto& load_key) {
     const auto keys = [&](int i) { return load_key(offset + i); };
-    by_four_rows(q.rows, [&](int row, auto h) { hot_scores<h()>(keys, dim, q.x + row * dim, count, s.scores + row); });
+    by_four_rows(q.rows, [&](int row, auto h) {
+      hot_scores<h()>(keys, dim, q.x + row * dim, count, s.scores[row], kTile);
+    });
   });
   if (!soften(r, q, first, count, nullptr, nullptr, s)) return;
   with_loader(r.hot_v, r.hot_dtype, [&](const auto& load_value) {
     const auto values = [&](int i) { return load_value(offset + i); };
     by_four_rows(q.rows, [&](int row, auto h) {
-      hot_values<h()>(values, dim, s.weights + row, count, q.softmax[row].out);
+      hot_values<h()>(values, dim, s.weights + row, count, q.softmax[row].out, q.stride);
     });
   });
 }
@@ -255,15 +251,20 @@ inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset,
 // the number of threads. An item is a tile of query rows of one KV head and a range of a sequence, which
 // is counted in pages and pieces of the hot window.
 struct Plan {
-  Half key, value;
+  Half key, value;  // where these have no codebook
   size_t page_bytes;
+  bool keys_as_floats;   // not as codes
   int rows;   // query rows of a KV head: heads that share it times queries
   int tiles;  // of kRows rows
   int parts;  // of a sequence, attended separately and merged
   int part_size;
 
+  const Turns* turns = nullptr;   // for keys before the rotary embedding
+  const Angle* angles = nullptr;  // of the first page of each part
+
   explicit Plan(const AttendRequest& r)
-      : key(r.key, r.lookups), value(r.value, r.lookups), page_bytes(r.page_bytes()) {
+      : key(half_of(r.key, r)), value(half_of(r.value, r)), page_bytes(r.page_bytes()),
+        keys_as_floats(r.key.has_codebook || r.key.inv_freq) {
     rows = r.heads / r.kv_heads * r.queries;
     tiles = (rows + kRows - 1) / kRows;
     int longest = 1;
@@ -274,6 +275,10 @@ struct Plan {
     parts = (longest + part_size - 1) / part_size;
   }
 
+  static Half half_of(const Side& side, const AttendRequest& r) {
+    constexpr Part kNone{16, kLanes, kLanes, kLanes, false, DType::f16};
+    return {side.has_codebook ? kNone : side.affine, r.lookups};
+  }
   static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
   static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }
   int items(const AttendRequest& r) const { return r.batch * r.kv_heads * tiles * parts; }
@@ -310,14 +315,80 @@ inline void finish(const AttendRequest& r, int64_t row, float high, float total,
   }
 }
 
-// Pages [begin, end) of a sequence.
-inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int begin, int end,
+// --- pages ----------------------------------------------------------------------------------------
+
+// Scores of a page's keys, as float32.
+inline void score_floats(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
+                         const Angle& angle, float* scores, Scratch& s) {
+  const Side& key = r.key;
+  float* y = s.decoded;
+  int dim = key.width;
+  const float* x = q.page_x;
+  if (key.has_codebook) decode_codes(key, page, head, y);
+  else decode_affine_keys(plan.key, page, y);
+  if (key.inv_freq) {
+    if (key.restore) {
+      const float* rows = restore_of(key, head, r.head_dim);
+      by_four_rows(r.page_size, [&](int t, auto h) {
+        hot_scores<h()>([&](int i) { return load(rows + i); }, dim, y + t * dim, r.head_dim, s.restored + t * r.head_dim,
+                        r.head_dim);
+      });
+      y = s.restored;
+    }
+    dim = r.head_dim;
+    turn(y, dim, *plan.turns);
+    for (int i = 0; i < q.rows; ++i) {
+      angle.turn_back(q.x + i * dim, key.pairs, dim, key.factor, s.mapped[0] + i * dim);
+    }
+    x = s.mapped[0];
+  }
+  by_four_rows(q.rows, [&](int row, auto h) {
+    hot_scores<h()>([&](int i) { return load(y + i); }, dim, x + row * dim, r.page_size, scores + row * kTile, kTile);
+  });
+}
+
+inline void add_float_values(const AttendRequest& r, const Queries& q, const uint8_t* data, int head, Scratch& s) {
+  decode_codes(r.value, data, head, s.decoded);
+  by_four_rows(q.rows, [&](int row, auto h) {
+    hot_values<h()>([&](int i) { return load(s.decoded + i); }, r.value.width, s.weights + row, r.page_size,
+                    q.softmax[row].out, q.stride);
+  });
+}
+
+// A page of tokens from `first` on; `ahead` is the distance to the one that comes next.
+inline void attend_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
+                        const Angle& angle, int64_t first, ptrdiff_t ahead, Scratch& s) {
+  if (!sees_any(r, q, first, r.page_size)) return;
+  if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, s.scores[0], s);
+  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {s.scores[0], kTile, false}, ahead, s);
+  const uint8_t* data = page + r.key.nbytes();
+  const bool integers = !r.value.has_codebook && plan.value.is_integer();
+  if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, s)) return;
+  if (r.value.has_codebook) return add_float_values(r, q, data, head, s);
+  values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, ahead, s);
+}
+
+// Pages of a part of a sequence, up to `end`.
+inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int part, int end,
                          Scratch& s) {
   const int32_t* table = r.block_table + int64_t(b) * r.table_width;
   const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * int64_t(plan.page_bytes); };
-  for (int i = begin; i < end; ++i) {
+  Angle angle;
+  if (plan.turns) angle = plan.angles[part];
+  for (int i = part * plan.part_size; i < end; ++i) {
     const ptrdiff_t ahead = i + 1 < end ? page(i + 1) - page(i) : 0;
-    attend_page(r, plan.key, plan.value, q, page(i), r.num_sink_tokens + int64_t(i) * r.page_size, ahead, s);
+    attend_page(r, plan, q, page(i), head, angle, r.num_sink_tokens + int64_t(i) * r.page_size, ahead, s);
+    if (plan.turns) angle.next_page(*plan.turns);
+  }
+}
+
+// Sums over values as pages hold them become sums over values.
+inline void restore_sums(const AttendRequest& r, const Queries& q, int head, Scratch& s) {
+  if (!r.value.restore) return;
+  for (int i = 0; i < q.rows; ++i) {
+    float* out = q.softmax[i].out;
+    map(r.value, head, r.head_dim, out, s.decoded);
+    std::copy_n(s.decoded, r.head_dim, out);
   }
 }
 
@@ -340,25 +411,31 @@ inline void attend_item(const AttendRequest& r, const Plan& plan, int item, floa
   const int p = item % plan.parts, tile = item / plan.parts % plan.tiles;
   const int head = item / plan.parts / plan.tiles % r.kv_heads, b = item / plan.parts / plan.tiles / r.kv_heads;
   const int row0 = tile * kRows, rows = std::min(kRows, plan.rows - row0), dim = r.head_dim;
+  const int stride = std::max(dim, r.value.width);
   const int64_t first_row = (int64_t(b) * r.kv_heads + head) * plan.rows + row0;
 
   Softmax softmax[kRows];
   int64_t last[kRows];
   for (int i = 0; i < rows; ++i) {
-    softmax[i] = {-INFINITY, 0, s.out[0] + i * dim};
+    softmax[i] = {-INFINITY, 0, s.out[0] + i * stride};
     const int query = (row0 + i) % r.queries;
     last[i] = r.positions ? r.positions[int64_t(b) * r.queries + query]
                           : int64_t(r.packed_len[b]) + r.hot_len[b] - r.queries + query;
   }
-  std::fill_n(s.out[0], rows * dim, 0.0f);
+  std::fill_n(s.out[0], rows * stride, 0.0f);
   load_queries(r, first_row, rows, s.x[0]);
   const auto [first_last, last_last] = std::minmax_element(last, last + rows);
-  const Queries q{s.x[0], last, *first_last, *last_last, softmax, rows};
+  const bool mapped = r.key.restore && !r.key.inv_freq;
+  for (int i = 0; mapped && i < rows; ++i) {
+    map_back(r.key, head, dim, s.x[0] + i * dim, s.mapped[0] + i * r.key.width);
+  }
+  const Queries q{s.x[0], mapped ? s.mapped[0] : s.x[0], last, *first_last, *last_last, softmax, rows, stride};
 
   const int pages = Plan::num_pages(r, b), begin = p * plan.part_size, end = begin + plan.part_size;
   const int first_slot = std::max(0, begin - pages) * kHotTokens;
   const int slots = std::min(std::max(0, end - pages) * kHotTokens, r.hot_len[b]);
-  attend_pages(r, plan, q, b, head, begin, std::min(end, pages), s);
+  attend_pages(r, plan, q, b, head, p, std::min(end, pages), s);
+  restore_sums(r, q, head, s);
   attend_slots(r, q, b, head, first_slot, slots, s);
 
   for (int i = 0; i < rows; ++i) {
@@ -390,10 +467,24 @@ inline void merge(const AttendRequest& r, const Plan& plan, int64_t row, const f
   finish(r, row, high, total, sums);
 }
 
+// Angles of keys before the rotary embedding.
+inline void prepare_turns(const AttendRequest& r, Plan& plan) {
+  static thread_local Turns turns;
+  static thread_local std::vector<Angle> angles;
+  if (!r.key.inv_freq) return;
+  turns.make(r.key, r.page_size);
+  angles.resize(plan.parts);
+  for (int p = 0; p < plan.parts; ++p) {
+    angles[p].start(turns, r.num_sink_tokens + int64_t(p) * plan.part_size * r.page_size);
+  }
+  plan.turns = &turns, plan.angles = angles.data();
+}
+
 void attend(const AttendRequest& r) {
   if (r.batch == 0 || r.queries == 0) return;
   static thread_local std::vector<float> buffer;
-  const Plan plan(r);
+  Plan plan(r);
+  prepare_turns(r, plan);
   const int64_t rows = int64_t(r.batch) * r.heads * r.queries;
   float* partials = plan.parts == 1 ? nullptr : grown(buffer, size_t(rows) * plan.parts * (r.head_dim + kLanes));
   parallel_for(plan.items(r), r.threads, [&](int item) { attend_item(r, plan, item, partials); });

@@ -7,6 +7,23 @@
 
 namespace bitkv {
 
+// A half of a page, and what all pages of a layer share of it: bitkv/shared.py in C++. The numbers y of a
+// page become keys or values x = rope(restore y).
+struct Side {
+  bool has_codebook;
+  Part affine;     // without a codebook
+  CodePart codes;  // with one
+  Codebook codebook;
+  const float* restore;  // [restore_heads, head_dim, width], or null
+  int restore_heads;
+  int width;             // of y
+  const float* inv_freq;  // [pairs], or null: radians a token of channels i and i + pairs; keys only
+  int pairs;
+  float factor;           // on the channels that turn
+
+  size_t nbytes() const { return has_codebook ? codes.nbytes() : affine.nbytes(); }
+};
+
 // One call of attention over a layer's cache; see bitkv/attention/base.py. All tensors are contiguous
 // but the hot window, whose strides (in elements) leave the last axis contiguous.
 struct AttendRequest {
@@ -16,7 +33,7 @@ struct AttendRequest {
   DType dtype;
   int batch, heads, kv_heads, queries, head_dim;
 
-  Part key, value;
+  Side key, value;
   const uint8_t* pages;  // [num_pages, kv_heads, key.nbytes() + value.nbytes()]
   int page_size;
   const int32_t* block_table;  // [batch, table_width]

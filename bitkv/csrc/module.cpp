@@ -99,14 +99,32 @@ void check(const AttendRequest& r, int64_t num_pages, int hot_capacity) {
 
 using Queries = std::tuple<Address, Address, Address, Address, int>;  // q, out, lse, positions, dtype
 using Shape = std::tuple<int, int, int, int, int>;                   // batch ... head_dim
-using Parts = std::tuple<PartNumbers, PartNumbers>;
+using Parts = std::tuple<std::vector<int>, std::vector<int>>;  // PartNumbers or CodeNumbers
+// codebook; restore, its heads and width; inv_freq, their number, factor
+using Shared = std::tuple<CodebookTensor, std::tuple<Address, int, int>, std::tuple<Address, int, float>>;
+using Shareds = std::tuple<Shared, Shared>;
 using Pages = std::tuple<Address, int64_t, int>;  // data, number, page_size
 using Tables = std::tuple<Address, int, Address>;  // block_table, its width, packed_len
 using Hot = std::tuple<Address, Address, Address, int, int, int64_t, int64_t, int>;
 using Scoring = std::tuple<float, int64_t, float>;  // scale, window, softcap
 
+Side side_of(const std::vector<int>& part, const Shared& shared, int head_dim) {
+  const auto& [codebook, map, turns] = shared;
+  const auto& [restore, restore_heads, width] = map;
+  const auto& [inv_freq, pairs, factor] = turns;
+  Side side{};
+  side.has_codebook = part.size() == 5;
+  if (side.has_codebook) side.codes = {part[0], part[1], part[2], part[3], part[4]};
+  else side.affine = part_of({part[0], part[1], part[2], part[3], part[4], part[5]});
+  side.codebook = codebook_of(codebook);
+  side.restore = at<const float>(restore), side.restore_heads = restore_heads;
+  side.width = restore ? width : head_dim;
+  side.inv_freq = at<const float>(inv_freq), side.pairs = pairs, side.factor = factor;
+  return side;
+}
+
 void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, const Parts& parts,
-            const Pages& pool, const Tables& tables, const Hot& hot, const Scoring& scoring, int threads) {
+            const Shareds& shared, const Pages& pool, const Tables& tables, const Hot& hot, const Scoring& scoring, int threads) {
   const auto& [q, out, lse, positions, dtype] = q_tensors;
   const auto& [batch, heads, kv_heads, queries, head_dim] = shape;
   const auto& [pages, num_pages, page_size] = pool;
@@ -124,8 +142,8 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .kv_heads = kv_heads,
       .queries = queries,
       .head_dim = head_dim,
-      .key = part_of(std::get<0>(parts)),
-      .value = part_of(std::get<1>(parts)),
+      .key = side_of(std::get<0>(parts), std::get<0>(shared), head_dim),
+      .value = side_of(std::get<1>(parts), std::get<1>(shared), head_dim),
       .pages = at<const uint8_t>(pages),
       .page_size = page_size,
       .block_table = at<const int32_t>(block_table),

@@ -13,6 +13,8 @@ namespace bitkv::BITKV_ISA {
 
 constexpr int kRows = 32;      // query rows that share a pass over a page
 constexpr int kColumns = 256;  // channels of a head or tokens of a page, at most
+constexpr int kTokens = 128;   // tokens of a page, at most
+constexpr int kTile = 512;     // tokens whose scores are kept together, at most
 constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
 constexpr int kMaxH = kAccumulators >= 16 ? 8 : 4;  // rows that are multiplied at once
 
@@ -86,7 +88,9 @@ struct Scratch {
   Units of_weights, of_queries;
   alignas(64) float x[kRows][kColumns], out[kRows][kColumns];
   alignas(64) float scaled[kMaxH][kColumns];
-  alignas(64) float scores[kRows][kColumns], weights[kRows][kColumns];
+  alignas(64) float scores[kRows][kTile], weights[kRows][kTile];
+  alignas(64) float mapped[kRows][kColumns];                           // queries as pages need them
+  alignas(64) float decoded[kTokens * kColumns], restored[kTokens * kColumns];  // tokens of a page
   float offset[kRows];
 };
 

@@ -82,6 +82,46 @@ void fail(const char* what, const Kernels& kernels, const Part& part) {
   std::exit(1);
 }
 
+// A half of a page with all it needs: memory that the kernels read lives as long as this does.
+struct RandomSide {
+  Side side{};
+  std::vector<Exact<float>> memory;
+
+  const float* numbers(size_t count) {
+    memory.emplace_back(count);
+    fill_numbers(reinterpret_cast<uint8_t*>(memory.back().get()), count, DType::f32);
+    return memory.back().get();
+  }
+
+  RandomSide(bool is_key, int page_size, int head_dim, int kv_heads) {
+    side.width = head_dim, side.restore_heads = 1, side.factor = 1;
+    side.has_codebook = below(2);
+    side.affine = random_part(is_key, page_size, head_dim);
+    if (below(4) == 0) {
+      side.restore_heads = pick({1, kv_heads});
+      if (side.has_codebook) side.width = pick({head_dim, 48});
+      side.restore = numbers(size_t(side.restore_heads) * head_dim * side.width);
+    }
+    if (side.has_codebook) {
+      const int bits = pick({8, 8, 8, 1, 4, 7, 9, 10, 16}), channels = pick({1, 2, 4, 8, 16});
+      side.codes = {bits, channels, side.width, page_size, below(3)};
+      const int heads = pick({1, kv_heads}), groups = pick({1, side.codes.groups()});
+      const size_t entries = size_t(1) << bits;
+      side.codebook = {numbers(heads * groups * entries * channels), heads, groups, int(entries), channels};
+    }
+    if (is_key && below(2)) {
+      side.pairs = pick({head_dim / 2, head_dim / 2, 5});
+      side.inv_freq = numbers(side.pairs);
+    }
+  }
+
+  void fill(uint8_t* at) const {
+    if (!side.has_codebook) return fill_part(at, side.affine);
+    for (size_t i = 0; i < side.codes.code_bytes(); ++i) at[i] = uint8_t(random_bits());
+    fill_numbers(at + side.codes.code_bytes(), size_t(side.codes.scales) * side.codes.page_size, DType::f16);
+  }
+};
+
 bool finite(const uint8_t* x, DType dtype) {
   uint32_t u = 0;
   std::memcpy(&u, x, size_of(dtype));
@@ -93,10 +133,10 @@ void attend_once(const Kernels& kernels) {
   AttendRequest r{};
   r.page_size = pick({64, 128});
   r.head_dim = pick({64, 80, 96, 128, 256});
-  r.key = random_part(true, r.page_size, r.head_dim);
-  r.value = random_part(false, r.page_size, r.head_dim);
   r.dtype = DType(below(3)), r.hot_dtype = DType(below(3));
   r.batch = 1 + below(3), r.kv_heads = 1 + below(3), r.queries = pick({1, 1, 1, 2, 5, 33});
+  const RandomSide key(true, r.page_size, r.head_dim, r.kv_heads), value(false, r.page_size, r.head_dim, r.kv_heads);
+  r.key = key.side, r.value = value.side;
   r.heads = r.kv_heads * (r.queries > 5 ? pick({1, 3}) : pick({1, 3, 4, 7, 8, 16, 40}));
   r.num_sink_tokens = pick({0, 1, 4, 70}), r.scale = 1 / std::sqrt(float(r.head_dim));
   r.window = pick({0, 1}) ? int64_t(1) << 62 : pick({1, 60, 200});
@@ -120,8 +160,8 @@ void attend_once(const Kernels& kernels) {
   for (int i = 0; i < num_pages; ++i) {
     uint8_t* pages = pool.get() + i * r.kv_heads * page_bytes;
     for (int h = 0; h < r.kv_heads; ++h) {
-      fill_part(pages + h * page_bytes, r.key);
-      fill_part(pages + h * page_bytes + r.key.nbytes(), r.value);
+      key.fill(pages + h * page_bytes);
+      value.fill(pages + h * page_bytes + r.key.nbytes());
     }
     if (!used[i]) ASAN_POISON_MEMORY_REGION(pages, r.kv_heads * page_bytes);
   }
@@ -158,9 +198,9 @@ void attend_once(const Kernels& kernels) {
   kernels.attend(r);
 
   for (size_t i = 0; i < size; ++i)
-    if (!finite(out.get() + i * size_of(r.dtype), r.dtype)) fail("an output", kernels, r.key);
+    if (!finite(out.get() + i * size_of(r.dtype), r.dtype)) fail("an output", kernels, r.key.affine);
   for (size_t i = 0; i < rows; ++i)
-    if (!(lse[i] < INFINITY)) fail("a log-sum-exp", kernels, r.key);
+    if (!(lse[i] < INFINITY)) fail("a log-sum-exp", kernels, r.key.affine);
   ASAN_UNPOISON_MEMORY_REGION(pool.get(), pool.size);
   for (const auto* hot : {&hot_k, &hot_v}) ASAN_UNPOISON_MEMORY_REGION(hot->get(), hot->size);
 }
@@ -199,6 +239,39 @@ void encode_once(const Kernels& kernels) {
   ASAN_UNPOISON_MEMORY_REGION(x.get(), x.size);
 }
 
+void encode_codes_once(const Kernels& kernels) {
+  EncodeCodesRequest r{};
+  const int page_size = pick({64, 128}), width = pick({64, 80, 128}), channels = pick({1, 2, 4, 8, 16});
+  const int bits = pick({1, 3, 4, 8, 10});
+  r.part = {bits, channels, width, page_size, 0};
+  r.pages = 1 + below(3), r.heads = 1 + below(3), r.dtype = DType(below(3)), r.threads = pick({1, 2});
+  r.token_stride = width, r.head_stride = page_size * width, r.page_stride = r.heads * r.head_stride;
+  Exact<uint8_t> x(r.pages * r.page_stride * size_of(r.dtype));
+  fill_numbers(x.get(), r.pages * r.page_stride, r.dtype);
+  const int heads = pick({1, r.heads}), groups = pick({1, r.part.groups()}), entries = 1 << bits;
+  Exact<float> codebook(size_t(heads) * groups * entries * channels);
+  fill_numbers(reinterpret_cast<uint8_t*>(codebook.get()), codebook.size, DType::f32);
+  r.codebook = {codebook.get(), heads, groups, entries, channels};
+  Exact<uint8_t> out(r.pages * r.heads * r.part.nbytes());
+  r.x = x.get(), r.out = out.get();
+  r.out_head_stride = int64_t(r.part.nbytes()), r.out_page_stride = r.heads * r.out_head_stride;
+  kernels.encode_codes(r);
+}
+
+void nearest_once(const Kernels& kernels) {
+  NearestRequest r{};
+  r.groups = 1 + below(3), r.points = pick({1, 63, 64, 65, 2100});
+  r.channels = pick({1, 2, 5, 8, 32}), r.entries = pick({1, 3, 16, 255}), r.threads = pick({1, 2});
+  Exact<float> x(size_t(r.groups) * r.points * r.channels), codebook(size_t(r.groups) * r.entries * r.channels);
+  Exact<int32_t> out(size_t(r.groups) * r.points);
+  for (const auto* numbers : {&x, &codebook})
+    fill_numbers(reinterpret_cast<uint8_t*>(numbers->get()), numbers->size, DType::f32);
+  r.x = x.get(), r.codebook = codebook.get(), r.out = out.get();
+  kernels.nearest(r);
+  for (size_t i = 0; i < out.size; ++i)
+    if (out[i] < 0 || out[i] >= r.entries) std::exit(1);
+}
+
 }  // namespace
 
 // Arguments: an instruction set and the number of calls.
@@ -215,7 +288,10 @@ int main(int argc, char** argv) {
 #endif
   for (const Kernels* kernels : all) {
     if (std::strcmp(kernels->name, argv[1])) continue;
-    for (int i = 0; i < std::atoi(argv[2]); ++i) attend_once(*kernels), encode_once(*kernels);
+    for (int i = 0; i < std::atoi(argv[2]); ++i) {
+      attend_once(*kernels), encode_once(*kernels);
+      if (i % 3 == 0) encode_codes_once(*kernels), nearest_once(*kernels);
+    }
     return 0;
   }
   return 2;
