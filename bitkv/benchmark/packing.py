@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from statistics import median
 
@@ -117,16 +118,16 @@ class _Prompt:
         tokens = self.tokens if operation == "pack" else self.context
         usage, layer = self.layer.usage, self.layer
         bits = 8 * (usage.page_bytes + usage.hot_bytes) / (usage.page_elements + usage.hot_elements)
-        is_native = native.why_not() is None and None not in (
-            layer.key.native_levels,
-            layer.value.native_levels,
+        is_native = native.why_not() is None and all(
+            codec.takes_nearest or codec.native_levels is not None for codec in (layer.key, layer.value)
         )
         packer = "cpu" if is_native else "torch"
         nbytes = self.shape.nbytes(tokens)
         return Measurement(operation, packer, text, self.context, ms, nbytes, bits)
 
     def _take(self, k: Tensor, v: Tensor) -> PagedLayer:
-        layer = new_layer(self.recipe)
+        layer = new_layer(self.recipe, shape=self.shape)
+        self.recipe = replace(self.recipe, key=layer.key, value=layer.value)  # which learn but once
         layer.append(k, v)
         return layer
 
@@ -134,12 +135,14 @@ class _Prompt:
         """Write the pages anew; each sequence's follow one another in the pool."""
         layer, form, size = self.layer, self.layer.format, self.layer.page_size
         parts = torch.split(layer.pool.data, [form.key.nbytes, form.value.nbytes], dim=-1)
-        sites = ((layer.key, form.key, k), (layer.value, form.value, v))
-        for (codec, part_form, x), out in zip(sites, parts, strict=True):
+        view, first = layer.view(), layer.num_sink_tokens
+        sites = ((layer.key, form.key, view.key, k), (layer.value, form.value, view.value, v))
+        for (codec, part_form, shared, x), out in zip(sites, parts, strict=True):
             for b, pages in enumerate(layer.page_lists()):
-                packed = x[b, :, layer.num_sink_tokens :][:, : self.tokens]
+                packed = x[b, :, first:][:, : self.tokens]
                 page_tokens = torch.unflatten(packed, 1, (-1, size)).transpose(0, 1)
-                codec.encode(page_tokens, part_form, out[pages[0] : pages[-1] + 1])
+                to = out[pages[0] : pages[-1] + 1]
+                codec.encode(page_tokens, part_form, to, shared=shared, first_token=first)
 
 
 def append_times(layer: PagedLayer, shape: Shape, backend: str) -> dict[Operation, float]:

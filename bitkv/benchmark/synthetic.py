@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from bitkv.codecs import Codec, Sample
 from bitkv.layer import PagedLayer
-from bitkv.pages import RAW_DTYPES
+from bitkv.pages import RAW_DTYPES, Site
 from bitkv.recipe import Recipe
+from bitkv.rope import Rope
 
 _DISTINCT_PAGES = 8
 _DISTINCT_TOKENS = 1024
+_ROPE_BASE = 500_000.0  # Llama 3's
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def synthetic_layer(
     Raises:
         ValueError: the recipe's codecs cannot serve the shape.
     """
-    layer = new_layer(recipe, layer_idx)
+    layer = new_layer(recipe, layer_idx, shape)
     num_pages = [max(0, 1 + (n - layer.hot_capacity) // layer.page_size) for n in lengths]
     repeated = [max(0, n - _DISTINCT_PAGES) for n in num_pages]
     tokens = [n - r * layer.page_size for n, r in zip(lengths, repeated, strict=True)]
@@ -100,14 +103,31 @@ def synthetic_layer(
     return layer
 
 
-def new_layer(recipe: Recipe, layer_idx: int = 0) -> PagedLayer:
-    """An empty layer of a recipe's cache."""
+def new_layer(recipe: Recipe, layer_idx: int = 0, shape: Shape | None = None) -> PagedLayer:
+    """An empty layer of a recipe's cache; codecs that have to learn learn Gaussian data of `shape`."""
+    rope = None
+    codecs = recipe.codecs(layer_idx)
+    if shape is not None and any(codec.learns for codec in codecs):
+        half = shape.head_dim // 2
+        rope = Rope(_ROPE_BASE ** (-torch.arange(half) / half))
+        codecs = _fitted(codecs[0], "key", shape, rope), _fitted(codecs[1], "value", shape, rope)
     return PagedLayer(
-        *recipe.codecs(layer_idx),
+        *codecs,
         num_sink_tokens=recipe.num_sink_tokens,
         recent_tokens=recipe.recent_tokens,
         page_size=recipe.page_size,
+        rope=rope,
     )
+
+
+def _fitted(codec: Codec, site: Site, shape: Shape, rope: Rope) -> Codec:
+    """The codec, calibrated where it was not: speed does not depend on what it learns."""
+    if not codec.learns or codec.learned:
+        return codec
+    tokens = max(_DISTINCT_TOKENS, codec.centroids)
+    x, gradient = torch.randn(2, shape.kv_heads, tokens, shape.head_dim)
+    queries = torch.randn(shape.heads, tokens, shape.head_dim) if site == "key" else None
+    return codec.calibrate(Sample(site, x, torch.arange(tokens), gradient, queries, rope))
 
 
 def repeat_pages(layer: PagedLayer, num_pages: Sequence[int]) -> None:
