@@ -12,12 +12,15 @@ def require(codec: object, name: str, allowed: Sequence[object]) -> None:
         ValueError: it is not.
     """
     value = getattr(codec, name)
-    if any(type(value) is type(one) and value == one for one in allowed):
-        return
-    choices = ", ".join(map(repr, allowed))
     if isinstance(allowed, range):
+        fits = type(value) is int and value in allowed
         choices = f"{allowed[0]} to {allowed[-1]}"
-    raise ValueError(f"{type(codec).__name__}: {name} {value!r} is not supported; use {choices}")
+    else:
+        fits = any(type(value) is type(one) and value == one for one in allowed)
+        choices = ", ".join(map(repr, allowed))
+    if not fits:
+        name = f"{type(codec).__name__}: {name}"
+        raise ValueError(f"{name} {value!r} is not supported; use {choices}")
 
 
 def require_between(codec: object, name: str, low: float, high: float) -> None:

@@ -30,6 +30,7 @@ from bitkv.rope import Rope
 from bitkv.shared import PLAIN, Shared
 
 _POINTS = 2**17  # that levels are fitted to: a few dozen numbers need no more
+_QNORM_ROUNDS = 8
 _SMALLEST = 2.0**-20
 
 
@@ -128,8 +129,9 @@ class KVQuant(Codec):
             y, weights = y[chosen], weights[chosen]
         points = y.view(1, -1, 1)
         levels = kmeans(points, 2**self.bits, weights=weights.view(1, -1), seed=seed)
-        if self.qnorm:
-            quantized = levels[0, nearest(points, levels).flatten().long()].flatten()
+        # moved levels are nearest to other points, so that once is not enough
+        for _ in range(_QNORM_ROUNDS if self.qnorm else 0):
+            quantized = levels[0, nearest(points, levels).flatten().long()]
             levels = (levels - quantized.mean()) / quantized.std().clamp(min=_SMALLEST)
             levels = levels * y.std() + y.mean()
         return levels.flatten().sort().values

@@ -5,21 +5,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
-_POINTS = 2**16
-_ROUNDS = 500
+_POINTS = 2**19  # a level moves only as its cuts reach other points
+_ROUNDS = 2000
+_EXTENT = 9  # standard deviations, beyond which nothing happens
 
 
 @cache
 def gaussian_levels(entries: int) -> Tensor:
     """float32 `[entries]`: the levels of least squared error for N(0, 1)."""
-    x = torch.linspace(-9, 9, _POINTS, dtype=torch.float64)
+    x = torch.linspace(-_EXTENT, _EXTENT, _POINTS, dtype=torch.float64)
     return lloyd_max(x, torch.exp(-0.5 * x.square()), entries)
 
 
 @cache
 def sphere_levels(entries: int, dim: int) -> Tensor:
     """float32 `[entries]`: the same for a coordinate of a random vector of `dim` that has RMS one."""
-    x = torch.linspace(-1, 1, _POINTS + 2, dtype=torch.float64)[1:-1]
+    end = min(1.0, _EXTENT / dim**0.5)
+    x = torch.linspace(-end, end, _POINTS + 2, dtype=torch.float64)[1:-1]
     density: Tensor = (1 - x.square()) ** ((dim - 3) / 2)
     levels: Tensor = lloyd_max(x, density, entries) * dim**0.5
     return levels
