@@ -65,24 +65,18 @@ def test_the_fp16_recipe_writes_what_the_stock_cache_does(model, tokenizer):
 
 
 def test_int8_agrees_with_the_stock_cache_on_99_percent_of_tokens(model, tokenizer):
-    rows = evaluation.run(
-        model, tokenizer, ["int8"], text=HELD_OUT, tasks=["agreement"], tokens=4096, window=2048
-    )
+    options = evaluation.Options(text=HELD_OUT, tasks=["agreement"], tokens=4096, window=2048)
+    rows = evaluation.run(model, tokenizer, ["int8"], options)
     assert rows[-1].recipe == "int8"
     assert rows[-1].result.top1 >= 0.99
 
 
 def test_searched_levels_lose_less_than_minmax_ones(model, tokenizer):
     recipes = [f"affine({bits}, 32, '{levels}')" for bits in (1, 2) for levels in ("minmax", "mse")]
-    rows = evaluation.run(
-        model,
-        tokenizer,
-        recipes,
-        text=HELD_OUT,
-        tasks=["agreement", "fidelity"],
-        tokens=2048,
-        window=2048,
+    options = evaluation.Options(
+        text=HELD_OUT, tasks=["agreement", "fidelity"], tokens=2048, window=2048
     )
+    rows = evaluation.run(model, tokenizer, recipes, options)
     result = {(row.task, row.definition): row.result for row in rows if row.definition}
     for row in rows:
         if "'mse'" not in row.definition:

@@ -218,6 +218,20 @@ def test_eval_writes_rows_and_tables(capsys, saved_model, document, tmp_path):
     assert {row["recipe"] for row in json.loads(rows.read_text())} == {"stock", "kivi2"}
 
 
+def test_eval_of_a_stress_variant_on_another_text(capsys, saved_model, document, tmp_path):
+    rows = tmp_path / "eval.json"
+    code, out, _ = run(
+        capsys, "eval", saved_model, "--recipe", "kivi2", "--text", document, "--ood", document,
+        "--tokens", 250, "--window", 250, "--task", "ood", "--stress", "--json", rows,
+    )  # fmt: skip
+    assert code == 0
+    assert "ood perplexity" in out
+    assert [row["task"] for row in json.loads(rows.read_text())] == (
+        ["ood perplexity"] * 2 + ["ood agreement"]
+    )
+    assert all(row["model"].endswith("+stress") for row in json.loads(rows.read_text()))
+
+
 def test_eval_knows_all_tasks():
     assert set(evaluate.TASKS) == set(evaluation.TASKS)
 
@@ -352,6 +366,34 @@ SENTENCES = [
     (
         "eval MODEL --text long.txt --recipe kivi3",
         "recipe 'kivi3': no 'kivi3'; choose from",
+    ),
+    (
+        "eval MODEL --text long.txt --task ood",
+        "the task ood needs a text of another domain; pass one with --ood FILE",
+    ),
+    (
+        "eval MODEL --task ood --ood none.txt",
+        "no file none.txt",
+    ),
+    (
+        "eval MODEL --text long.txt --samples 3 --depths 5",
+        "depths is 5, with 3 samples a seed; pass 1 to 3",
+    ),
+    (
+        "eval MODEL --text long.txt --keys 1",
+        "keys is 1; pass 2 or more",
+    ),
+    (
+        "eval MODEL --text long.txt --recipe kivi2 --task needle --length 600 --keys 40",
+        "a prompt with 40 keys has 1,438 tokens, more than 600; pass fewer keys or a greater length",
+    ),
+    (
+        "eval MODEL --text long.txt --recipe kivi2 --task needle --length 600 --keys 4000",
+        "4000 keys are more than the 266 names there are; pass fewer",
+    ),
+    (
+        "eval MODEL --text long.txt --recipe kivi2 --task divergence --length 200 --steps 199",
+        "199 steps leave no prompt in a length of 200; pass fewer steps",
     ),
     (
         "bench attention --plot bench.gif",

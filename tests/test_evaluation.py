@@ -23,8 +23,9 @@ from bitkv.evaluation import report
 from bitkv.evaluation.agreement import agreement, kl_divergence
 from bitkv.evaluation.fidelity import capture, fidelity
 from bitkv.evaluation.perplexity import perplexity
-from bitkv.evaluation.protocols import CHUNK, Subject, cut, next_token_logits
-from bitkv.evaluation.recall import MAKERS, _prefill, _resume, answers, prompts, recall, split_question
+from bitkv.evaluation.prompts import RECALL, prompts, split_question
+from bitkv.evaluation.protocols import CHUNK, Subject, cut, next_token_logits, prefilled, resumed
+from bitkv.evaluation.recall import answers, recall
 from bitkv.integrations.transformers import PackedCache
 from bitkv.recipe import parse
 
@@ -174,9 +175,9 @@ def test_capture_keeps_what_the_model_attended_with(model, stock, windows):
     assert "recorder" not in BACKENDS
 
 
-@pytest.mark.parametrize("task", MAKERS)
+@pytest.mark.parametrize("task", RECALL)
 def test_the_question_is_what_follows_the_document(tokenizer, task):
-    (prompt,) = prompts(tokenizer, TEXT, task=task, length=900, samples=1, seed=3)
+    (prompt,) = prompts(tokenizer, TEXT, task=task, length=900, samples=1, seed=3, keys=4)
     document, question = tokenizer.decode(prompt.document), tokenizer.decode(prompt.question)
     assert document.startswith("<bos>")
     assert document.endswith("\n")
@@ -241,10 +242,10 @@ def test_handing_over_a_prefilled_document_is_prefilling_it(model, windows, mixe
     stock, subject = Subject(model), Subject(model, parse("best1"))
     document, question = windows.ids[0, :350], windows.ids[0, 350:]
     with torch.inference_mode():
-        prefilled = _prefill(subject, document, subject.new_cache(exact_prefill=True))
-        resumed = _resume(subject, document, _prefill(stock, document))
+        read = prefilled(subject, document, subject.new_cache(exact_prefill=True))
+        handed_over = resumed(subject, document, prefilled(stock, document))
         expected, got = (
-            model(question[None], past_key_values=cache).logits for cache in (prefilled, resumed)
+            model(question[None], past_key_values=cache).logits for cache in (read, handed_over)
         )
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
@@ -276,8 +277,10 @@ def test_wilson_intervals():
 @pytest.fixture(scope="module")
 def run(model, tokenizer):
     def run(recipes, **options):
+        progress = options.pop("progress", None)
         options = {"tokens": 400, "window": 400, "samples": 1, "lengths": (600,)} | options
-        return evaluation.run(model, tokenizer, recipes, text=TEXT, name="tiny", **options)
+        options = evaluation.Options(text=TEXT, **options)
+        return evaluation.run(model, tokenizer, recipes, options, name="tiny", progress=progress)
 
     return run
 
@@ -328,10 +331,11 @@ def test_tables_show_every_row_and_say_the_protocol(run):
         for table in evaluation.tables(run(["kivi2"], tasks=("perplexity", "needle"))):
             console.print(table)
     shown = " ".join(captured.get().split())
-    assert shown.count("kivi2") == shown.count("stock") == 2
+    assert shown.count("kivi2") == shown.count("stock │") == 2
     assert "perplexity of tiny (float32): context 400, 1 samples, 399 tokens" in shown
     assert "every query attends to the packed cache" in shown
     assert "then the question reads the packed cache" in shown
+    assert "the stock cache itself is right in 0.0%" in shown
 
 
 @pytest.mark.parametrize(

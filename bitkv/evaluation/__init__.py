@@ -3,6 +3,8 @@
 from bitkv.evaluation.report import (
     PROTOCOLS,
     Agreement,
+    Copy,
+    Divergence,
     Fidelity,
     Perplexity,
     Recall,
@@ -10,17 +12,22 @@ from bitkv.evaluation.report import (
     tables,
     write_json,
 )
-from bitkv.evaluation.suite import TASKS, run
+from bitkv.evaluation.stress import stressed
+from bitkv.evaluation.suite import TASKS, Options, run
 
 __all__ = [
     "PROTOCOLS",
     "TASKS",
     "Agreement",
+    "Copy",
+    "Divergence",
     "Fidelity",
+    "Options",
     "Perplexity",
     "Recall",
     "Row",
     "run",
+    "stressed",
     "tables",
     "write_json",
 ]

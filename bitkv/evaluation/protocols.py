@@ -1,5 +1,6 @@
 """What every measurement shares: the caches under test, windows of held-out text, ways to feed them."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from bitkv.cache import PagedCache
 from bitkv.evaluation.report import Result, Row
-from bitkv.integrations.transformers import PackedCache
+from bitkv.integrations.transformers import PackedCache, PackedLayer
 from bitkv.recipe import Recipe
 
 Protocol = Literal["packed", "streamed"]
@@ -18,6 +19,7 @@ Advance = Callable[[], object]
 """Called after each unit of work, for a progress bar."""
 
 CHUNK = 64  # tokens a forward when streamed: no more than the hot window's slack of a page
+FOLLOWED = 16  # tokens a forward where a text is compared with what would be generated
 
 
 def ignore() -> None:
@@ -83,10 +85,12 @@ class Subject:
         context: int,
         tokens: int,
         samples: int,
+        depth: float | None = None,
     ) -> Row:
         """A row of results, with the bits measured on `cache`."""
         width = 8.0 * self.model.dtype.itemsize
         recipe = self.recipe
+        calibration = recipe.calibration if recipe else None
         return Row(
             task=task,
             model=self.model_name,
@@ -102,6 +106,8 @@ class Subject:
             samples=samples,
             bits_per_element=width if cache is None else cache.bits_per_element,
             packed_bits_per_element=width if cache is None else cache.packed_bits_per_element,
+            codebook_bytes=calibration.nbytes if calibration else 0,
+            depth=depth,
             result=result,
         )
 
@@ -165,3 +171,51 @@ def next_token_logits(
         past = out.past_key_values
         logits.append(out.logits[0])
     return torch.cat(logits)[:-1], cache.paged if cache else None
+
+
+@torch.inference_mode()
+def prefilled(subject: Subject, document: Tensor, past: Any = None) -> Any:
+    """The cache after ids `[T]` of a document, `past` or the model's own."""
+    ids = document[None].to(subject.model.device)
+    out = subject.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
+    return out.past_key_values
+
+
+@torch.inference_mode()
+def resumed(subject: Subject, document: Tensor, shared: Any) -> Any:
+    """The subject's cache after a document that the stock cache `shared` holds.
+
+    An exact prefill gives every recipe the same keys and values, so they are computed once.
+    """
+    if subject.recipe is None:
+        return copy.deepcopy(shared)
+    past: Any = subject.new_cache(exact_prefill=True)
+    if not all(isinstance(layer, PackedLayer) for layer in past.layers):
+        return prefilled(subject, document, past)
+    for i, layer in enumerate(shared.layers):
+        past.update(layer.keys, layer.values, i)
+    return past
+
+
+@torch.inference_mode()
+def right_until(model: Any, past: Any, ids: Tensor, scored: Tensor) -> int:
+    """How many scored tokens of ids `[T]` are the most likely ones, up to the first that is not.
+
+    Up to there a greedy answer has the same tokens, so reading them in chunks of `FOLLOWED` tells as
+    much as generating one token after the other.
+
+    Args:
+        past: a cache, of whose next tokens ids are.
+        scored: bool `[T]`; the first token is only read.
+    """
+    right, ids = 0, ids.to(model.device)
+    for begin in range(0, len(ids) - 1, FOLLOWED):
+        end = min(begin + FOLLOWED, len(ids) - 1)
+        out = model(ids[None, begin:end], past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        matches = out.logits[0].argmax(-1) == ids[begin + 1 : end + 1]
+        wrong = (~matches[scored[begin + 1 : end + 1].to(model.device)]).nonzero()
+        if len(wrong):
+            return right + int(wrong[0])
+        right += int(scored[begin + 1 : end + 1].sum())
+    return right

@@ -1,43 +1,27 @@
-"""Exact recall from long documents: needles, key-value pairs, variables, copied passages."""
+"""Exact recall from long documents: needles, key-value pairs, variables, copied passages and tables."""
 
-import copy
-import random
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitkv.cache import PagedCache
-from bitkv.evaluation import tasks
-from bitkv.evaluation.protocols import Advance, Subject, ignore
-from bitkv.evaluation.report import Recall, Row
-from bitkv.evaluation.tasks import CountTokens, Sample
-from bitkv.integrations.transformers import PackedCache, PackedLayer
+from bitkv.evaluation.prompts import Prompt, lessons, prompts
+from bitkv.evaluation.protocols import Advance, Subject, ignore, prefilled, resumed, right_until
+from bitkv.evaluation.report import Copy, Recall, Row, wilson
+from bitkv.integrations.transformers import PackedCache
 
 RecallProtocol = Literal["document first", "whole prompt"]
 
-_NUM_KEYS = 8
-_ROOM = 16  # tokens of a length that are left for BOS and the answer
 
-MAKERS: dict[str, Callable[[random.Random, str, int, CountTokens], Sample]] = {
-    "needle": lambda rng, text, n, count: tasks.needle(rng, text, _NUM_KEYS, n, count),
-    "key_value_recall": lambda rng, text, n, count: tasks.key_value_recall(
-        rng, text, _NUM_KEYS, n, count
-    ),
-    "variable_tracking": lambda rng, text, n, count: tasks.variable_tracking(rng, text, 2, 3, n, count),
-    "long_copy": lambda rng, text, n, count: tasks.long_copy(rng, text, 100, 8, n, count),
-}
-"""Recall tasks by name: what makes a sample of at most so many tokens out of a filler text."""
+class _Answered(NamedTuple):
+    """A prompt, the tokens of its answer, and who gave it."""
 
-
-class Prompt(NamedTuple):
-    """Ids `[T]` of a document and of the question after it, and the text that should follow."""
-
-    document: Tensor
-    question: Tensor
-    answer: str
+    prompt: Prompt
+    tokens: int
+    hits: list[bool]
 
 
 def recall(
@@ -50,78 +34,74 @@ def recall(
     length: int,
     samples: int,
     seed: int = 0,
+    seeds: int = 1,
+    keys: int | None = None,
+    depths: int = 1,
     protocol: RecallProtocol = "document first",
     advance: Advance = ignore,
 ) -> list[Row]:
     """A row for the stock cache and for each subject, all on the same prompts, decoded greedily.
 
     Args:
-        text: the facts are hidden in lines of its first half, which in the bundled text is prose.
-        task: a key of `MAKERS`.
+        text, task, keys, depths: see `prompts`; with several depths, rows of each depth follow.
         length: tokens of a prompt and its answer, at most.
+        samples, seeds: prompts a seed, and how many seeds from `seed` on; hits are pooled.
         advance: called once a row and sample.
     """
     everyone = [stock, *subjects]
-    hits = [0] * len(everyone)
     caches: list[PagedCache | None] = [None] * len(everyone)
-    answer_tokens = 0
-    for prompt in prompts(tokenizer, text, task=task, length=length, samples=samples, seed=seed):
+    answered: list[_Answered] = []
+    options: dict[str, Any] = {"task": task, "length": length, "samples": samples, "keys": keys}
+    for prompt in chain.from_iterable(
+        prompts(tokenizer, text, seed=seed + i, depths=depths, **options) for i in range(seeds)
+    ):
         for subject in everyone:
             subject.check_context(len(prompt.document))
-        answer_tokens += len(tokenizer(prompt.answer, add_special_tokens=False)["input_ids"])
-        shared = _prefill(stock, prompt.document) if protocol == "document first" else None
+        expected = tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+        hits = []
+        shared = prefilled(stock, prompt.document) if protocol == "document first" else None
         for i, subject in enumerate(everyone):
-            if shared is None:
-                past, ids = subject.new_cache(exact_prefill=True), torch.cat(prompt[:2])
-            else:
-                past, ids = _resume(subject, prompt.document, shared), prompt.question
-            hits[i] += answers(subject.model, tokenizer, past, ids, prompt.answer)
-            caches[i] = past.paged if isinstance(past, PackedCache) else None
+            hit, caches[i] = _ask(subject, tokenizer, prompt, shared)
+            hits.append(hit)
             advance()
-    return [
-        subject.row(
-            task,
-            Recall.of(hit, samples, seed),
-            cache=cache,
-            protocol=protocol,
-            context=length,
-            tokens=answer_tokens,
-            samples=samples,
-        )
-        for subject, hit, cache in zip(everyone, hits, caches, strict=True)
-    ]
+        answered.append(_Answered(prompt, len(expected), hits))
+    rows = []
+    for depth, chosen in _by_depth(answered, depths):
+        for i, (subject, cache) in enumerate(zip(everyone, caches, strict=True)):
+            rows.append(
+                subject.row(
+                    task,
+                    Recall.of(sum(x.hits[i] for x in chosen), len(chosen), seed, seeds),
+                    cache=cache,
+                    protocol=protocol,
+                    context=length,
+                    tokens=sum(x.tokens for x in chosen),
+                    samples=len(chosen),
+                    depth=depth,
+                )
+            )
+    return rows
 
 
-def prompts(
-    tokenizer: Any, text: str, *, task: str, length: int, samples: int, seed: int
-) -> Iterator[Prompt]:
-    """Samples of a task as ids, the same for the same arguments.
-
-    Raises:
-        ValueError: no such task.
-    """
-    if task not in MAKERS:
-        raise ValueError(f"no recall task {task!r}; choose from {', '.join(MAKERS)}")
-
-    @cache
-    def count_tokens(line: str) -> int:
-        return len(tokenizer(line, add_special_tokens=False)["input_ids"])
-
-    for index in range(samples):
-        rng = random.Random(f"{seed} {task} {length} {index}")
-        sample = MAKERS[task](rng, text[: len(text) // 2], length - _ROOM, count_tokens)
-        document, question = split_question(task, sample.prompt)
-        yield Prompt(
-            torch.tensor(tokenizer(document)["input_ids"]),
-            torch.tensor(tokenizer(question, add_special_tokens=False)["input_ids"]),
-            sample.answer,
-        )
+def _by_depth(
+    answered: Sequence[_Answered], depths: int
+) -> list[tuple[float | None, Sequence[_Answered]]]:
+    """Everything, and with several depths the part of each, with the middle of its range."""
+    bins = range(depths) if depths > 1 else ()
+    parts = (((i + 0.5) / depths, [x for x in answered if x.prompt.depth_bin == i]) for i in bins)
+    return [(None, answered), *parts]
 
 
-def split_question(task: str, prompt: str) -> tuple[str, str]:
-    """The document and the question at its end: the last line, or the passage begun again."""
-    last = prompt.rindex(tasks.COPY_AGAIN) if task == "long_copy" else prompt.rfind("\n") + 1
-    return prompt[:last], prompt[last:]
+def _ask(
+    subject: Subject, tokenizer: Any, prompt: Prompt, shared: Any
+) -> tuple[bool, PagedCache | None]:
+    """Whether a subject answers, and the cache it then has; `shared` is the stock cache, if any."""
+    if shared is None:
+        past, ids = subject.new_cache(exact_prefill=True), torch.cat(prompt[:2])
+    else:
+        past, ids = resumed(subject, prompt.document, shared), prompt.question
+    hit = answers(subject.model, tokenizer, past, ids, prompt.answer)
+    return hit, past.paged if isinstance(past, PackedCache) else None
 
 
 @torch.inference_mode()
@@ -138,21 +118,51 @@ def answers(model: Any, tokenizer: Any, past: Any, ids: Tensor, expected: str) -
     return text.startswith(expected)
 
 
-@torch.inference_mode()
-def _prefill(subject: Subject, document: Tensor, past: Any = None) -> Any:
-    ids = document[None].to(subject.model.device)
-    out = subject.model(ids, past_key_values=past, use_cache=True, logits_to_keep=1)
-    return out.past_key_values
+def table_copy(
+    stock: Subject,
+    subjects: Sequence[Subject],
+    tokenizer: Any,
+    text: str,
+    *,
+    length: int,
+    samples: int,
+    seed: int = 0,
+    seeds: int = 1,
+    keys: int | None = None,
+    advance: Advance = ignore,
+) -> list[Row]:
+    """A row for the stock cache and for each subject: a table told again, its keys given, its values
+    generated, and each value read again with what comes after it. Arguments as of `recall`."""
+    everyone = [stock, *subjects]
+    right: list[list[int]] = [[] for _ in everyone]
+    asked: list[int] = []
+    caches: list[PagedCache | None] = [None] * len(everyone)
+    options: dict[str, Any] = {"length": length, "samples": samples, "keys": keys}
+    for lesson in chain.from_iterable(
+        lessons(tokenizer, text, seed=seed + i, **options) for i in range(seeds)
+    ):
+        asked.append(int(lesson.scored.sum()))
+        shared = prefilled(stock, lesson.document)
+        for i, subject in enumerate(everyone):
+            past = resumed(subject, lesson.document, shared)
+            right[i].append(right_until(subject.model, past, lesson.text, lesson.scored))
+            caches[i] = past.paged if isinstance(past, PackedCache) else None
+            advance()
+    return [
+        subject.row(
+            "table_copy",
+            _copied(counts, asked, seed, seeds),
+            cache=cache,
+            protocol="followed",
+            context=length,
+            tokens=sum(asked),
+            samples=len(asked),
+        )
+        for subject, counts, cache in zip(everyone, right, caches, strict=True)
+    ]
 
 
-@torch.inference_mode()
-def _resume(subject: Subject, document: Tensor, shared: Any) -> Any:
-    """The subject's cache after the document; exact prefill gives every recipe the same K and V."""
-    if subject.recipe is None:
-        return copy.deepcopy(shared)
-    past: Any = subject.new_cache(exact_prefill=True)
-    if not all(isinstance(layer, PackedLayer) for layer in past.layers):
-        return _prefill(subject, document, past)
-    for i, layer in enumerate(shared.layers):
-        past.update(layer.keys, layer.values, i)
-    return past
+def _copied(right: Sequence[int], asked: Sequence[int], seed: int, seeds: int) -> Copy:
+    hits, samples = sum(map(int.__eq__, right, asked)), len(asked)
+    means = sum(right) / samples, sum(asked) / samples
+    return Copy(hits, hits / samples, *wilson(hits, samples), *means, seed, seeds)

@@ -52,10 +52,48 @@ class Recall:
     low: Annotated[float, Column("95%: from", ".1%")]
     high: Annotated[float, Column("to", ".1%")]
     seed: int
+    seeds: int = 1
 
     @classmethod
-    def of(cls, hits: int, samples: int, seed: int) -> Self:
-        return cls(hits, hits / samples, *wilson(hits, samples), seed)
+    def of(cls, hits: int, samples: int, seed: int, seeds: int = 1) -> Self:
+        return cls(hits, hits / samples, *wilson(hits, samples), seed, seeds)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Long exact copies from the context.
+
+    Args:
+        hits, exact_match, low, high: copies without a mistake, as in `Recall`.
+        right: mean number of tokens before the first mistake.
+        asked: mean number of tokens to copy.
+        seed, seeds: the first seed, and how many.
+    """
+
+    hits: Annotated[int, Column("hits", "d")]
+    exact_match: Annotated[float, Column("exact", ".1%")]
+    low: Annotated[float, Column("95%: from", ".1%")]
+    high: Annotated[float, Column("to", ".1%")]
+    right: Annotated[float, Column("right tokens", ".1f")]
+    asked: Annotated[float, Column("of", ".1f")]
+    seed: int
+    seeds: int = 1
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Greedy text against the stock cache's.
+
+    Args:
+        mean, median: tokens in common before the first difference.
+        unchanged: share of prompts without a difference in `steps` tokens.
+        steps: tokens generated; none is compared beyond.
+    """
+
+    mean: Annotated[float, Column("tokens in common", ".1f")]
+    median: Annotated[float, Column("median", ".1f")]
+    unchanged: Annotated[float, Column("unchanged", ".1%")]
+    steps: Annotated[int, Column("of steps", "d")]
 
 
 @dataclass(frozen=True)
@@ -77,7 +115,7 @@ class Fidelity:
     layers: tuple["Fidelity", ...] = ()
 
 
-Result = Perplexity | Agreement | Recall | Fidelity
+Result = Perplexity | Agreement | Recall | Copy | Divergence | Fidelity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +123,8 @@ class Row:
     """One measurement.
 
     Args:
-        task: what was measured: "perplexity", "agreement", "fidelity" or a recall task.
+        task: what was measured: "perplexity", "agreement", "ood perplexity", "ood agreement",
+            "fidelity", "divergence" or a recall task.
         model, dtype: whose cache.
         recipe: the text that named the recipe; "stock" is the cache that Transformers uses.
         definition: `repr` of the recipe, "" for the stock cache.
@@ -96,6 +135,9 @@ class Row:
         samples: windows or prompts.
         bits_per_element: measured on the last sample's cache, hot window included.
         packed_bits_per_element: the same beyond the hot window.
+        codebook_bytes: what a calibrated recipe keeps beside the pages, for all layers.
+        depth: where in the prompt the asked fact lies: the middle of a range of shares, None
+            if anywhere.
     """
 
     task: str
@@ -112,6 +154,8 @@ class Row:
     samples: int
     bits_per_element: float
     packed_bits_per_element: float
+    codebook_bytes: int = 0
+    depth: float | None = None
     result: Result
 
     def to_json(self) -> dict[str, object]:
@@ -129,9 +173,13 @@ PROTOCOLS = {
     "document first": "the document is prefilled and packed, then the question reads the packed cache",
     "whole prompt": "document and question are prefilled together, "
     "so the answer's first token comes from exact keys and values",
+    "followed": "the document is prefilled and packed, then the expected text is read in chunks of 16 "
+    "tokens up to the first that would not have been generated",
     "captured": "keys, values and the newest 64 queries of an exact run meet again in a packed cache",
 }
 """What each protocol name in a row means."""
+
+RELIABLE = 0.9  # share of answers that the stock cache must give for a task to measure recipes
 
 
 def wilson(hits: int, samples: int, z: float = 1.959964) -> tuple[float, float]:
@@ -158,29 +206,72 @@ def tables(rows: Sequence[Row]) -> list[Table]:
     """A table for each measurement; its title says on how much, its caption under which protocol."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.task, row.protocol, row.context), []).append(row)
-    return [_table(group) for group in groups.values()]
+        by_depth = row.depth is not None
+        key = (row.model, row.task, row.protocol, row.context, by_depth)
+        groups.setdefault(key, []).append(row)
+    return [
+        _depth_table(group) if by_depth else _table(group) for (*_, by_depth), group in groups.items()
+    ]
 
 
-def _table(rows: Sequence[Row]) -> Table:
-    first, columns = rows[0], _columns(type(rows[0].result))
+def _empty(rows: Sequence[Row], what: str, samples: str) -> Table:
+    """A table with the columns that every measurement has."""
+    first = rows[0]
     table = Table(
-        title=f"{first.task} of {first.model} ({first.dtype}): context {first.context}, "
-        f"{first.samples} samples, {first.tokens} tokens",
-        caption=f"{first.protocol}: {PROTOCOLS[first.protocol]}",
+        title=f"{what} of {first.model} ({first.dtype}): context {first.context}, {samples}",
+        caption=f"{first.protocol}: {PROTOCOLS[first.protocol]}{_doubt(rows)}",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("recipe", overflow="fold")
-    for heading in ("bits", "with hot", *(column.heading for column in columns.values())):
+    for heading in ("bits", "with hot"):
+        table.add_column(heading, justify="right")
+    return table
+
+
+def _doubt(rows: Sequence[Row]) -> str:
+    """What to say of a task that the model fails without any packing."""
+    stock = [
+        row.result for row in rows if row.definition == "" and isinstance(row.result, Recall | Copy)
+    ]
+    if not stock or stock[0].exact_match >= RELIABLE:
+        return ""
+    return (
+        f"; the stock cache itself is right in {stock[0].exact_match:.1%}: "
+        "this says more about the model than about recipes"
+    )
+
+
+def _begin(row: Row) -> tuple[str, str, str]:
+    return row.recipe, f"{row.packed_bits_per_element:.2f}", f"{row.bits_per_element:.2f}"
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    first, columns = rows[0], _columns(type(rows[0].result))
+    table = _empty(rows, first.task, f"{first.samples} samples, {first.tokens} tokens")
+    with_codebooks = any(row.codebook_bytes for row in rows)
+    for heading in ("codebooks kB",) * with_codebooks + tuple(c.heading for c in columns.values()):
         table.add_column(heading, justify="right")
     for row in rows:
-        table.add_row(
-            row.recipe,
-            f"{row.packed_bits_per_element:.2f}",
-            f"{row.bits_per_element:.2f}",
-            *(format(getattr(row.result, name), column.form) for name, column in columns.items()),
-        )
+        codebooks = (f"{row.codebook_bytes / 1000:.1f}",) * with_codebooks
+        values = (format(getattr(row.result, name), column.form) for name, column in columns.items())
+        table.add_row(*_begin(row), *codebooks, *values)
+    return table
+
+
+def _depth_table(rows: Sequence[Row]) -> Table:
+    """A column for each depth instead of a table for each."""
+    depths = sorted({row.depth for row in rows if row.depth is not None})
+    table = _empty(rows, f"{rows[0].task} by depth", f"{rows[0].samples} samples a depth")
+    for depth in depths:
+        table.add_column(f"at {depth:.0%}", justify="right")
+    recipes: dict[str, list[Row]] = {}
+    for row in rows:
+        recipes.setdefault(row.recipe, []).append(row)
+    for group in recipes.values():
+        found = {row.depth: row.result for row in group if isinstance(row.result, Recall)}
+        shares = (f"{found[depth].exact_match:.1%}" for depth in depths)
+        table.add_row(*_begin(group[0]), *shares)
     return table
 
 

@@ -1,5 +1,6 @@
 """`run`: every measurement for a model and a list of recipes."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ from typing import Any, NamedTuple, get_args
 from rich.progress import Progress
 
 from bitkv.evaluation.agreement import agreement
+from bitkv.evaluation.divergence import divergence, starts
 from bitkv.evaluation.fidelity import fidelity
 from bitkv.evaluation.perplexity import perplexity
+from bitkv.evaluation.prompts import RECALL, lessons, prompts
 from bitkv.evaluation.protocols import (
     Advance,
     Protocol,
@@ -20,31 +23,85 @@ from bitkv.evaluation.protocols import (
     ignore,
     model_name,
 )
-from bitkv.evaluation.recall import MAKERS, RecallProtocol, recall
+from bitkv.evaluation.recall import RecallProtocol, recall, table_copy
 from bitkv.evaluation.report import Row
+from bitkv.evaluation.stress import stressed
 from bitkv.recipe import Recipe
 from bitkv.recipe_file import as_recipe
 
-_WINDOWED = ("perplexity", "agreement", "fidelity")
-TASKS = (*_WINDOWED, *MAKERS)
+TASKS = ("perplexity", "agreement", "ood", "fidelity", "divergence", *RECALL, "table_copy")
 """Everything that `run` measures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What to measure, on what.
+
+    Args:
+        text: held-out text: what the model was never trained on.
+        ood_text: text of another domain, for the task `ood`: perplexity and agreement on it.
+        tasks: names from `TASKS`.
+        tokens, window: tokens of a text that are read, and tokens of a window, for perplexity,
+            agreement, `ood` and fidelity.
+        samples, lengths: prompts, and their lengths in tokens, for the other tasks.
+        seed, seeds: what draws recall prompts; with several seeds, `samples` prompts are drawn of each.
+        keys: facts of a recall prompt; None is each task's own number.
+        depths: with 2 or more, needles are asked for from so many equal parts of the prompt in turn, and
+            rows of each part follow.
+        steps: tokens that the task `divergence` generates.
+        stress: measure a variant of the model that has outlier channels, see `stressed`.
+        perplexity_protocol, agreement_protocol, recall_protocol: see `report.PROTOCOLS`.
+
+    Raises:
+        ValueError: a name that does not exist, or a number that is too small.
+    """
+
+    text: str
+    ood_text: str | None = None
+    tasks: Sequence[str] = ("perplexity", "agreement", "needle", "fidelity")
+    tokens: int = 8192
+    window: int = 2048
+    samples: int = 50
+    lengths: Sequence[int] = (1024, 4096)
+    seed: int = 0
+    seeds: int = 1
+    keys: int | None = None
+    depths: int = 1
+    steps: int = 128
+    stress: bool = False
+    perplexity_protocol: Protocol = "packed"
+    agreement_protocol: Protocol = "streamed"
+    recall_protocol: RecallProtocol = "document first"
+
+    def __post_init__(self) -> None:
+        for name, values, choices in (
+            ("task", self.tasks, TASKS),
+            ("perplexity protocol", [self.perplexity_protocol], get_args(Protocol)),
+            ("agreement protocol", [self.agreement_protocol], get_args(Protocol)),
+            ("recall protocol", [self.recall_protocol], get_args(RecallProtocol)),
+        ):
+            for value in values:
+                if value not in choices:
+                    raise ValueError(f"no {name} {value!r}; choose from {', '.join(choices)}")
+        for name, least in (("tokens", 1), ("window", 1), ("samples", 1), ("seeds", 1), ("steps", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}; pass {least} or more")
+        if self.keys is not None and self.keys < 2:
+            raise ValueError(f"keys is {self.keys}; pass 2 or more")
+        if not 1 <= self.depths <= self.samples:
+            raise ValueError(
+                f"depths is {self.depths}, with {self.samples} samples a seed; pass 1 to {self.samples}"
+            )
+        if "ood" in self.tasks and self.ood_text is None:
+            raise ValueError("the task ood needs a text of another domain; pass ood_text")
 
 
 def run(
     model: Any,
     tokenizer: Any,
     recipes: Sequence[Recipe | str],
+    options: Options,
     *,
-    text: str,
-    tasks: Sequence[str] = ("perplexity", "agreement", "needle", "fidelity"),
-    tokens: int = 8192,
-    window: int = 2048,
-    samples: int = 50,
-    lengths: Sequence[int] = (1024, 4096),
-    seed: int = 0,
-    perplexity_protocol: Protocol = "packed",
-    agreement_protocol: Protocol = "streamed",
-    recall_protocol: RecallProtocol = "document first",
     name: str | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
@@ -53,11 +110,7 @@ def run(
     Args:
         model, tokenizer: a Transformers causal language model and its tokenizer.
         recipes: recipes or their texts.
-        text: held-out text: what the model was never trained on.
-        tasks: names from `TASKS`.
-        tokens, window: held-out tokens, and tokens of a window, for all tasks but recall.
-        samples, lengths, seed: recall prompts a length, their lengths in tokens, what draws them.
-        perplexity_protocol, agreement_protocol, recall_protocol: see `report.PROTOCOLS`.
+        options: what to measure.
         name: the model's name in the rows; by default the end of its path.
         progress: a display to add a bar a measurement to; nothing is shown without one.
 
@@ -66,24 +119,13 @@ def run(
         The same arguments give the same rows.
 
     Raises:
-        ValueError: a name that does not exist, or a recipe, context or text that cannot be measured.
+        ValueError: a recipe, context or text that cannot be measured.
     """
-    stock = Subject(model, model_name=name or model_name(model))
-    bench = _Bench(
-        stock=stock,
-        subjects=[Subject(model, as_recipe(r), str(r), stock.model_name) for r in recipes],
-        tokenizer=tokenizer,
-        text=text,
-        tasks=tasks,
-        tokens=tokens,
-        window=window,
-        samples=samples,
-        lengths=lengths,
-        seed=seed,
-        perplexity_protocol=perplexity_protocol,
-        agreement_protocol=agreement_protocol,
-        recall_protocol=recall_protocol,
-    )
+    name = name or model_name(model)
+    if options.stress:
+        model, name = stressed(model), f"{name}+stress"
+    subjects = [Subject(model, as_recipe(r), str(r), name) for r in recipes]
+    bench = _Bench(Subject(model, model_name=name), subjects, tokenizer, options)
     jobs = bench.jobs()
     rows: list[Row] = []
     with _attention_restored(model):
@@ -100,81 +142,93 @@ class _Job(NamedTuple):
     measure: Callable[..., list[Row]]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Bench:
-    """The arguments of `run`, checked."""
-
     stock: Subject
     subjects: Sequence[Subject]
     tokenizer: Any
-    text: str
-    tasks: Sequence[str]
-    tokens: int
-    window: int
-    samples: int
-    lengths: Sequence[int]
-    seed: int
-    perplexity_protocol: Protocol
-    agreement_protocol: Protocol
-    recall_protocol: RecallProtocol
-
-    def __post_init__(self) -> None:
-        for name, values, choices in (
-            ("task", self.tasks, TASKS),
-            ("perplexity protocol", [self.perplexity_protocol], get_args(Protocol)),
-            ("agreement protocol", [self.agreement_protocol], get_args(Protocol)),
-            ("recall protocol", [self.recall_protocol], get_args(RecallProtocol)),
-        ):
-            for value in values:
-                if value not in choices:
-                    raise ValueError(f"no {name} {value!r}; choose from {', '.join(choices)}")
-        for name in ("tokens", "window", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; pass 1 or more")
+    options: Options
 
     def jobs(self) -> list[_Job]:
         """All jobs at once, so that what cannot be measured is refused before anything runs."""
-        windows = self._windows() if set(self.tasks) & set(_WINDOWED) else None
-        jobs: list[_Job] = []
-        for task in self.tasks:
-            jobs += self._recall_jobs(task) if task in MAKERS else [self._window_job(windows, task)]
-        return jobs
+        return [job for task in self.options.tasks for job in self._of(task)]
+
+    def _of(self, task: str) -> Iterator[_Job]:
+        if task == "ood":
+            assert self.options.ood_text is not None
+            windows = self._windows(self.options.ood_text)
+            for measured in ("perplexity", "agreement"):
+                yield self._window_job(measured, windows, "ood ")
+        elif task in ("perplexity", "agreement", "fidelity"):
+            yield self._window_job(task, self._windows(self.options.text))
+        else:
+            for length in self.options.lengths:
+                yield self._length_job(task, length)
 
     def _check(self, context: int) -> None:
         for subject in (self.stock, *self.subjects):
             subject.check_context(context)
 
-    def _windows(self) -> Windows:
-        self._check(self.window)
-        return cut(self.tokenizer, self.text, tokens=self.tokens, window=self.window)
+    def _windows(self, text: str) -> Windows:
+        self._check(self.options.window)
+        return cut(self.tokenizer, text, tokens=self.options.tokens, window=self.options.window)
 
-    def _window_job(self, windows: Windows | None, task: str) -> _Job:
-        assert windows is not None
+    def _window_job(self, task: str, windows: Windows, prefix: str = "") -> _Job:
         measures: dict[str, Callable[..., list[Row]]] = {
-            "perplexity": partial(perplexity, protocol=self.perplexity_protocol),
-            "agreement": partial(agreement, protocol=self.agreement_protocol),
+            "perplexity": partial(perplexity, protocol=self.options.perplexity_protocol),
+            "agreement": partial(agreement, protocol=self.options.agreement_protocol),
             "fidelity": fidelity,
         }
         num_rows = len(self.subjects) + (task == "perplexity")
-        measure = partial(measures[task], self.stock, self.subjects, windows)
-        return _Job(task, num_rows * len(windows.ids), measure)
 
-    def _recall_jobs(self, task: str) -> Iterator[_Job]:
-        for length in self.lengths:
-            self._check(length)
-            measure = partial(
-                recall,
-                self.stock,
-                self.subjects,
-                self.tokenizer,
-                self.text,
-                task=task,
-                length=length,
-                samples=self.samples,
-                seed=self.seed,
-                protocol=self.recall_protocol,
+        def measure(advance: Advance) -> list[Row]:
+            rows = measures[task](self.stock, self.subjects, windows, advance=advance)
+            return [dataclasses.replace(row, task=prefix + row.task) for row in rows]
+
+        return _Job(prefix + task, num_rows * len(windows.ids), measure)
+
+    def _length_job(self, task: str, length: int) -> _Job:
+        """A job on prompts of a length; the first prompt is made, to see that they can be."""
+        self._check(length)
+        if task == "divergence":
+            return self._divergence_job(length)
+        options = self.options
+        size: dict[str, Any] = {"length": length, "samples": options.samples, "keys": options.keys}
+        source = (self.tokenizer, options.text)
+        seeds: dict[str, Any] = {"seed": options.seed, "seeds": options.seeds}
+        if task == "table_copy":
+            next(lessons(*source, **size, seed=options.seed))
+        else:
+            size |= {"task": task, "depths": options.depths if RECALL[task].has_depth else 1}
+            next(prompts(*source, **size, seed=options.seed))
+        total = options.samples * options.seeds * (len(self.subjects) + 1)
+        measure = partial(self._on_prompts(task), self.stock, self.subjects, *source, **size, **seeds)
+        return _Job(f"{task} {length}", total, measure)
+
+    def _on_prompts(self, task: str) -> Callable[..., list[Row]]:
+        if task == "table_copy":
+            return table_copy
+        return partial(recall, protocol=self.options.recall_protocol)
+
+    def _divergence_job(self, length: int) -> _Job:
+        options, read = self.options, length - self.options.steps
+        if read < 2:
+            raise ValueError(
+                f"{options.steps} steps leave no prompt in a length of {length}; pass fewer steps"
             )
-            yield _Job(f"{task} {length}", self.samples * (len(self.subjects) + 1), measure)
+        self._check(read)
+        next(starts(self.tokenizer, options.text, length=read, samples=1))
+        measure = partial(
+            divergence,
+            self.stock,
+            self.subjects,
+            self.tokenizer,
+            options.text,
+            length=length,
+            samples=options.samples,
+            steps=options.steps,
+        )
+        return _Job(f"divergence {length}", options.samples * (len(self.subjects) + 1), measure)
 
 
 def _bar(progress: Progress | None, job: _Job) -> Advance:

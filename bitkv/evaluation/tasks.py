@@ -8,6 +8,7 @@ comes from the ``random.Random`` that is passed in.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class Sample:
     answer: str
 
 
+@dataclass(frozen=True)
+class Retelling:
+    """A document, and frames of what was told in it, each with the value that should follow it."""
+
+    document: str
+    parts: tuple[tuple[str, str], ...]
+
+
 def random_value(rng: random.Random) -> str:
     """A number of ``VALUE_DIGITS`` random digits."""
     return "".join(rng.choice("0123456789") for _ in range(VALUE_DIGITS))
@@ -66,6 +75,27 @@ def random_values(rng: random.Random, count: int, distinct_starts: bool = True) 
         firsts = rng.sample("0123456789", count)
         values = [first + value[1:] for first, value in zip(firsts, values, strict=True)]
     return values
+
+
+def similar_values(rng: random.Random, count: int) -> list[str]:
+    """``count`` random values, many of which begin like another one: every digit takes a look-up."""
+    values: list[str] = []
+    for _ in range(count):
+        value = random_value(rng)
+        if values and rng.random() < 0.6:
+            shared = rng.choice((1, 1, 2, 3))
+            value = rng.choice(values)[:shared] + value[shared:]
+        values.append(value)
+    return values
+
+
+def similar_keys(rng: random.Random, count: int) -> list[str]:
+    """``count`` different keys of two words, in families that have the first word in common."""
+    size = max(2, math.isqrt(count))
+    families = rng.sample(KEYS, -(-count // size))
+    keys = [f"{name} {word}" for name in families for word in rng.sample(KEYS, size)]
+    rng.shuffle(keys)
+    return keys[:count]
 
 
 def needle_question(key: str) -> str:
@@ -123,9 +153,27 @@ def _filler_lines(
         index += 1
 
 
+Depth = tuple[float, float]
+"""A range of places in a document, from 0.0 (its beginning) to 1.0 (its end)."""
+
+
 def _spread(rng: random.Random, lines: Sequence[str], facts: Sequence[str]) -> str:
     """``lines`` with ``facts`` put on lines of their own at random places, in their order."""
-    places = sorted(rng.randrange(len(lines) + 1) for _ in facts)
+    return _put(lines, facts, sorted(rng.randrange(len(lines) + 1) for _ in facts))
+
+
+def _spread_around(
+    rng: random.Random, lines: Sequence[str], facts: Sequence[str], asked: int, depth: Depth
+) -> str:
+    """As ``_spread``, but fact ``asked`` comes at a random place of ``depth`` and order is free."""
+    places = [rng.randrange(len(lines) + 1) for _ in facts]
+    places[asked] = round(rng.uniform(*depth) * len(lines))
+    pairs = sorted(zip(places, facts, strict=True))
+    return _put(lines, [fact for _, fact in pairs], [place for place, _ in pairs])
+
+
+def _put(lines: Sequence[str], facts: Sequence[str], places: Sequence[int]) -> str:
+    """``lines`` with ``facts`` before those of ascending ``places``."""
     out: list[str] = []
     done = 0
     for index, line in enumerate(lines):
@@ -158,15 +206,45 @@ def needle(
     target_tokens: int,
     count_tokens: CountTokens,
     distinct_starts: bool = True,
+    depth: Depth | None = None,
 ) -> Sample:
     """``num_keys`` coded sentences spread through ``filler``; one of them is asked at the end."""
     keys = rng.sample(KEYS, num_keys)
     values = random_values(rng, num_keys, distinct_starts)
+    return _needle_of(rng, filler, keys, values, target_tokens, count_tokens, depth)
+
+
+def needle_similar(
+    rng: random.Random,
+    filler: str,
+    num_keys: int,
+    target_tokens: int,
+    count_tokens: CountTokens,
+    depth: Depth | None = None,
+) -> Sample:
+    """As ``needle`` among near duplicates: keys share a word with others, values their first digits."""
+    keys, values = similar_keys(rng, num_keys), similar_values(rng, num_keys)
+    return _needle_of(rng, filler, keys, values, target_tokens, count_tokens, depth)
+
+
+def _needle_of(
+    rng: random.Random,
+    filler: str,
+    keys: Sequence[str],
+    values: Sequence[str],
+    target_tokens: int,
+    count_tokens: CountTokens,
+    depth: Depth | None,
+) -> Sample:
     facts = [needle_sentence(key, value) for key, value in zip(keys, values, strict=True)]
-    asked = rng.randrange(num_keys)
+    asked = rng.randrange(len(keys))
     question = needle_question(keys[asked])
-    prompt = _in_filler(rng, filler, facts, question, target_tokens, count_tokens)
-    return Sample(prompt, values[asked])
+    if depth is None:
+        prompt = _in_filler(rng, filler, facts, question, target_tokens, count_tokens)
+        return Sample(prompt, values[asked])
+    own = count_tokens("".join(fact + "\n" for fact in facts) + question)
+    lines = _filler_lines(rng, filler, max(0, target_tokens - own - 2), count_tokens)
+    return Sample(_spread_around(rng, lines, facts, asked, depth) + question, values[asked])
 
 
 def key_value_recall(
@@ -186,6 +264,22 @@ def key_value_recall(
     own = count_tokens(table + question)
     lines = _filler_lines(rng, filler, max(0, target_tokens - own - 2), count_tokens)
     return Sample(table + "".join(lines) + question, values[asked])
+
+
+def table_copy(
+    rng: random.Random,
+    filler: str,
+    num_keys: int,
+    target_tokens: int,
+    count_tokens: CountTokens,
+) -> Retelling:
+    """A table of ``num_keys`` pairs, then ``filler``; the table is to be told again, line by line."""
+    keys, values = rng.sample(KEYS, num_keys), similar_values(rng, num_keys)
+    told = [pair_line(key, value) + "\n" for key, value in zip(keys, values, strict=True)]
+    table = "".join(told)
+    lines = _filler_lines(rng, filler, max(0, target_tokens - 2 * count_tokens(table) - 2), count_tokens)
+    frames = [pair_question(keys[0]), *("\n" + pair_question(key) for key in keys[1:])]
+    return Retelling(table + "".join(lines), tuple(zip(frames, values, strict=True)))
 
 
 def variable_tracking(
