@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitkv.codecs import CODECS, Affine, Unquantized
+from bitkv.codecs import CODECS, Affine, Coupled, Sample, Unquantized
 from bitkv.codecs.affine import tail_weights
 from bitkv.recipe import parse
+from bitkv.rope import Rope
 
 AFFINE = [
     Affine(bits, granularity, group_size, levels)
@@ -272,3 +273,105 @@ def test_a_group_that_does_not_divide_the_tensor_is_refused_with_a_sentence():
         Affine(2, "token", 32).quantize(torch.zeros(64, 80))
     with pytest.raises(ValueError, match=r"^token count 100 is not a multiple of group_size 64; "):
         Affine(2, "channel", 64).quantize(torch.zeros(100, 64))
+
+
+# --- coupled channels ---------------------------------------------------------------------------
+
+ROPE = Rope(1e4 ** (-torch.arange(0, 64, 2) / 64))
+
+
+def coupled_sample(site: str = "key", tokens: int = 1024) -> Sample:
+    """Channels that follow their neighbour, with gradients that see only a quarter of the tokens."""
+    x = torch.randn(2, tokens, 64)
+    x[..., 1::2] = x[..., ::2] + 0.1 * x[..., 1::2]
+    places = torch.arange(tokens)
+    gradient = torch.randn_like(x) * (places % 4 == 0).view(-1, 1)
+    keys = ROPE.rotate(x, places) if site == "key" else x
+    gradient = ROPE.rotate(gradient, places) if site == "key" else gradient
+    return Sample(site, keys, places, gradient, None, ROPE)
+
+
+def coupled_error(codec: Coupled, x: Tensor, site: str = "value") -> Tensor:
+    """Squared errors of tokens `[H, N, D]` at places 0 and on."""
+    shared = codec.shared(site, heads=2, head_dim=64, rope=ROPE)
+    places = torch.arange(x.shape[1])
+    y = codec.quantize(shared.to_pages(x, places), shared).dequantize(shared.codebook)
+    return (shared.from_pages(y, places) - x).square()
+
+
+@pytest.mark.parametrize(
+    ("channels", "bits", "width"),
+    [(2, 8, 4), (4, 8, 2), (8, 8, 1), (8, 10, 1.25), (4, 9, 2.25), (16, 12, 0.75)],
+)
+def test_coupled_codes_have_the_bits_of_their_name_and_nothing_beside(channels, bits, width):
+    form = Coupled(channels, bits).part_format("key", head_dim=128, page_size=128, dtype=torch.float16)
+    assert form.bits_per_element == form.code_bits == width
+    assert Coupled(channels, bits).centroids == 2**bits
+
+
+def test_coupling_gains_where_channels_depend_on_each_other():
+    sample = coupled_sample("value", 4096)
+    errors = [
+        coupled_error(Coupled(channels, 2 * channels, "uniform").calibrate(sample), sample.x).mean()
+        for channels in (2, 4)
+    ]
+    # an almost common value in 4 and 8 bits: far below two values of 2 bits each, 0.118
+    assert errors[1] < errors[0] < 0.03
+
+
+def test_keys_before_the_rotary_embedding_depend_and_after_it_less():
+    sample = coupled_sample("key", 4096)
+    before, after = (
+        coupled_error(Coupled(2, 6, "uniform", rope).calibrate(sample), sample.x, "key").mean()
+        for rope in ("before", "after")
+    )
+    assert before < 0.5 * after
+
+
+def test_fisher_weights_serve_the_tokens_that_the_loss_sees():
+    sample = coupled_sample("value", 2048)
+    seen = torch.arange(2048) % 4 == 0
+    sample.x[:, seen] += 2
+    fisher, uniform = (
+        coupled_error(Coupled(4, 4, weights).calibrate(sample), sample.x)
+        for weights in ("fisher", "uniform")
+    )
+    assert fisher[:, seen].mean() < 0.9 * uniform[:, seen].mean()
+    assert uniform.mean() < fisher.mean()
+
+
+def test_each_index_names_the_nearest_entry():
+    sample = coupled_sample("value", 256)
+    codec = Coupled(8, 4, "uniform").calibrate(sample)
+    shared = codec.shared("value", heads=2, head_dim=64)
+    codes = codec.quantize(sample.x, shared).codes
+    points = sample.x.unflatten(-1, (8, 8))
+    distance = (points.unsqueeze(-2) - shared.codebook.unsqueeze(1)).square().sum(-1)
+    assert codes.shape == (2, 256, 8)
+    chosen = distance.gather(-1, codes.long().unsqueeze(-1)).squeeze(-1)
+    assert torch.allclose(chosen, distance.amin(-1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((0, 8), "Coupled: channels 0 is not supported; use 1 to 32"),
+        ((8, 13), "Coupled: bits 13 is not supported; use 1 to 12"),
+        ((8, True), "Coupled: bits True is not supported; use 1 to 12"),
+        ((8, 8, "hessian"), "Coupled: weights 'hessian' is not supported; use fisher, uniform"),
+        ((8, 8, "fisher", "within"), "Coupled: rope 'within' is not supported; use before, after"),
+    ],
+)
+def test_couplings_that_cannot_be_are_refused_with_a_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        Coupled(*arguments)
+
+
+def test_a_coupling_that_does_not_divide_the_head_or_lacks_tokens_is_refused():
+    shape = {"head_dim": 80, "page_size": 64, "dtype": torch.float16}
+    with pytest.raises(
+        ValueError, match=r"^80 channels of a head are not a multiple of 32 coupled ones"
+    ):
+        Coupled(32, 8).part_format("key", **shape)
+    with pytest.raises(ValueError, match=r"^100 tokens of calibration cannot make 256 centroids; "):
+        Coupled(8, 8).calibrate(coupled_sample("value", 100))

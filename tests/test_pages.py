@@ -14,7 +14,16 @@ from bitkv.pages import (
     LAYOUTS,
     RAW_DTYPES,
     AffineFormat,
+    Byted,
+    CenteredFormat,
+    CenteredTensor,
+    CodebookFormat,
+    CodedTensor,
+    OutlierFormat,
+    OutlierTensor,
     PageFormat,
+    PromotedFormat,
+    PromotedTensor,
     QuantizedTensor,
     convert,
     layout_for,
@@ -339,3 +348,203 @@ def test_both_halves_of_a_page_agree_on_its_shape():
         ValueError, match=r"^head_dim differs within a page: 64 for keys, 128 for values$"
     ):
         PageFormat(part("key", "token", 2, 32, 64, 64), part("value", "token", 2, 32, 64, 128))
+
+
+# --- indices into a codebook --------------------------------------------------------------------
+
+
+def random_indices(form: CodebookFormat, *lead: int) -> CodedTensor:
+    """Indices that use every bit, and scales that are all different."""
+    codes = torch.randint(2**form.bits, (*lead, form.page_size, form.groups), dtype=torch.int32)
+    halves = (torch.randn(*lead, form.page_size).half() for _ in range(form.scales))
+    return CodedTensor(codes, *halves)
+
+
+def plane_bytes(codes: list[list[int]], bits: int) -> bytes:
+    """The definition, element by element: planes of 8, 4, 2 and 1 bits of groups of tokens."""
+    data, shift = b"", 0
+    for plane in [8] * (bits // 8) + [p for p in (4, 2, 1) if bits % 8 & p]:
+        for group in zip(*codes, strict=True):  # all tokens of a group
+            width = len(group) * plane // 8
+            row = bytearray(width)
+            for token, code in enumerate(group):
+                j, byte = divmod(token, width)
+                row[byte] |= (code >> shift) % 2**plane << j * plane
+            data += bytes(row)
+        shift += plane
+    return data
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+@pytest.mark.parametrize(("channels", "scales", "page_size"), [(1, 2, 64), (4, 0, 128), (8, 1, 64)])
+def test_indices_of_any_width_are_packed_exactly_in_planes(bits, channels, scales, page_size):
+    form = CodebookFormat("key", bits, channels, 64, page_size, 64, scales)
+    q = random_indices(form, 3, 2)
+    data = form.pack(q)
+    assert data.shape == (3, 2, form.nbytes)
+    assert form.nbytes == page_size * (64 // channels * bits + 16 * scales) / 8
+    assert form.code_bits == bits / channels
+    back = form.unpack(data)
+    for x, y in zip(back, q, strict=True):
+        assert (x is None) == (y is None)
+        assert x is None or (x.dtype == y.dtype and torch.equal(x, y))
+    halves = b"".join(half_bytes(x[2, 1]) for x in (q.scale, q.zero_point)[:scales])
+    assert bytes(data[2, 1].tolist()) == plane_bytes(q.codes[2, 1].tolist(), bits) + halves
+    assert torch.equal(form.pack(random := form.unpack(noise(form))), noise(form))
+    assert random.codes.max() < 2**bits
+
+
+def noise(form) -> Tensor:
+    """Damaged bytes of two heads, always the same."""
+    draw = torch.Generator().manual_seed(3)
+    return torch.randint(256, (2, form.nbytes), generator=draw, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(2, 16), (1, 16), (2, 1), (1, 1)])
+def test_codebooks_of_one_head_or_group_serve_all(heads, groups):
+    codebook = torch.randn(heads, groups, 32, 4)
+    form = CodebookFormat("value", 5, 4, 64, 64, 64, scales=2)
+    q = random_indices(form, 3, 2)
+    x = q.dequantize(codebook)
+    assert x.shape == (3, 2, 64, 64)
+    for page, head, token, channel in ((0, 0, 0, 0), (2, 1, 63, 63), (1, 1, 17, 30)):
+        group, c = divmod(channel, 4)
+        entry = codebook[head % heads, group % groups, q.codes[page, head, token, group], c]
+        scale, zero = (y[page, head, token].float() for y in (q.scale, q.zero_point))
+        assert x[page, head, token, channel].item() == pytest.approx(
+            (entry * scale + zero).item(), abs=1e-6
+        )
+    with pytest.raises(ValueError, match=r"^codes of a codebook mean nothing without it; "):
+        q.dequantize(None)
+
+
+def test_a_width_that_is_not_head_dim_packs():
+    form = CodebookFormat("key", 1, 1, 64, 64, 192, scales=1)
+    assert form.nbytes == 64 * (192 // 8 + 2)
+    assert form.bits_per_element == 3 + 16 / 64
+    q = random_indices(form, 2)
+    assert torch.equal(form.unpack(form.pack(q)).codes, q.codes)
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: CodebookFormat("key", 17, 4, 64, 64, 64),
+            "an index of 17 bits is not supported; use 1 to 16",
+        ),
+        (
+            lambda: CodebookFormat("key", 8, 5, 64, 64, 64),
+            "64 channels of a head are not a multiple of 5 coupled ones; "
+            "couple a number that divides 64",
+        ),
+        (
+            lambda: CodebookFormat("key", 8, 4, 64, 64, 64, 3),
+            "3 scales a token are not supported; use 0, 1 or 2",
+        ),
+        (
+            lambda: OutlierFormat("key", 2, 1024, 128, 10),
+            "a page of 128 tokens of 1024 channels has 131072 elements, and outliers have positions "
+            "below 65536; use page_size 64",
+        ),
+        (
+            lambda: OutlierFormat("key", 2, 64, 64, 4097),
+            "4097 outliers do not fit a page; use 0 to 4096",
+        ),
+        (
+            lambda: PromotedFormat("key", 8, 64, 64, 4),
+            "bits 8 cannot be doubled to at most 8; use 1, 2 or 4",
+        ),
+        (lambda: PromotedFormat("key", 2, 64, 64, 65), "65 promoted channels; use 0 to 64"),
+        (
+            lambda: PromotedFormat("key", 2, 320, 64, 4),
+            "head_dim 320 has channels that no byte can name; use at most 256",
+        ),
+        (
+            lambda: CenteredFormat("key", 8, 5, 64, 64),
+            "64 channels of a head are not a multiple of 5 coupled ones; "
+            "couple a number that divides 64",
+        ),
+    ],
+)
+def test_formats_beside_affine_ones_refuse_with_a_sentence(make, sentence):
+    with pytest.raises(ValueError, match=exactly(sentence)):
+        make()
+
+
+# --- what lies beside codes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("page_size", "head_dim"), [(64, 64), (128, 256), (128, 512)])
+@pytest.mark.parametrize("outliers", [0, 1, 40])
+def test_outliers_replace_what_codes_stand_for(page_size, head_dim, outliers):
+    form = OutlierFormat("key", 3, head_dim, page_size, outliers, scales=1)
+    elements = page_size * head_dim
+    position = torch.stack([torch.randperm(elements)[:outliers].sort().values for _ in range(2)]).int()
+    if outliers:
+        position[1, -1] = elements - 1  # up to 65535
+    q = OutlierTensor(random_indices(form.dense, 2), position, torch.randn(2, outliers).half())
+    data = form.pack(q)
+    assert data.shape == (2, form.nbytes)
+    assert form.nbytes == form.dense.nbytes + 4 * outliers
+    back = form.unpack(data)
+    assert torch.equal(back.position, position)
+    assert torch.equal(back.value, q.value)
+    codebook = torch.randn(2, head_dim, 8, 1)
+    x, dense = back.dequantize(codebook).flatten(1), q.dense.dequantize(codebook).flatten(1)
+    expected = dense.scatter(1, position.long(), q.value.float())
+    assert torch.equal(x, expected)
+    tail = form.unpack(noise(form)).dequantize(codebook)
+    assert tail.shape == (2, page_size, head_dim)
+
+
+@pytest.mark.parametrize(("promoted", "head_dim"), [(0, 64), (8, 64), (10, 80), (256, 256)])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_promoted_channels_have_their_high_bits_in_a_plane_of_their_own(
+    promoted, head_dim, bits, layout
+):
+    form = PromotedFormat("key", bits, head_dim, 64, promoted, layout)
+    channels = torch.stack([torch.randperm(head_dim)[:promoted].sort().values for _ in range(2)]).byte()
+    limit = torch.full((2, 1, head_dim), 2**bits)
+    limit.scatter_(-1, channels.long().unsqueeze(-2), 4**bits)
+    codes = torch.randint(256, (2, 64, head_dim)).remainder(limit).byte()
+    scale, zero_point = (torch.randn(2, 1, head_dim).half() for _ in range(2))
+    q = PromotedTensor(QuantizedTensor(codes, scale, zero_point, "channel"), channels)
+    data = form.pack(q)
+    assert data.shape == (2, form.nbytes)
+    assert form.nbytes == 64 * head_dim * bits // 8 + 4 * head_dim + -(-promoted // 4) * 4 + (
+        promoted * 64 * bits // 8
+    )
+    back = form.unpack(data)
+    assert_same(back.dense, q.dense)
+    assert torch.equal(back.channels, channels)
+    assert torch.equal(back.dequantize(), codes * scale.float() + zero_point.float())
+    assert form.unpack(noise(form)).dequantize().shape == (2, 64, head_dim)
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_centered_tensors_come_back_and_cost_a_byte_a_norm_a_scale_and_a_mean(bits):
+    form = CenteredFormat("value", bits, 8, 96, 64)
+    norm, scale = (Byted.of(torch.randn(2, 64)) for _ in range(2))
+    mean = Byted.of(torch.randn(2, 96))
+    q = CenteredTensor(random_indices(form.dense, 2).codes, norm, scale, mean)
+    data = form.pack(q)
+    assert data.shape == (2, form.nbytes)
+    assert form.nbytes == 64 * 12 * bits // 8 + 64 + 64 + 96 + 12
+    back = form.unpack(data)
+    codebook = torch.randn(1, 1, 2**bits, 8)
+    assert torch.equal(back.dequantize(codebook), q.dequantize(codebook))
+    entry = codebook[0, 0, q.codes[1, 5, 2], 3]
+    expected = 2 ** norm.restore()[1, 5] * (2 ** scale.restore()[1, 5] * entry + mean.restore()[1, 19])
+    assert back.dequantize(codebook)[1, 5, 19].item() == pytest.approx(expected.item(), rel=1e-5)
+    assert form.unpack(noise(form)).dequantize(codebook).shape == (2, 64, 96)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 1.0, 1e4])
+def test_numbers_in_a_byte_are_off_by_half_a_step(spread):
+    x = 3 + spread * torch.randn(5, 100)
+    step = (x.amax(-1, keepdim=True) - x.amin(-1, keepdim=True)) / 255
+    error = (Byted.of(x).restore() - x).abs()
+    rounding = 2**-11 * x.abs().amax(-1, keepdim=True) + 2**-24
+    assert (error <= 0.51 * step + rounding).all()

@@ -53,7 +53,9 @@ class PromotedFormat(PartFormat):
         if self.bits not in (1, 2, 4):
             raise ValueError(f"bits {self.bits} cannot be doubled to at most 8; use 1, 2 or 4")
         if self.head_dim > 256:
-            raise ValueError(f"head_dim {self.head_dim} has channels that no byte can name; use 256")
+            raise ValueError(
+                f"head_dim {self.head_dim} has channels that no byte can name; use at most 256"
+            )
         if not 0 <= self.promoted <= self.head_dim:
             raise ValueError(f"{self.promoted} promoted channels; use 0 to {self.head_dim}")
 
@@ -100,8 +102,9 @@ class PromotedFormat(PartFormat):
         sizes = [self.dense.nbytes, self.map_bytes, self.high_bytes]
         low, named, high = torch.split(data, sizes, dim=-1)
         # bytes of a page that nobody has written may name any channel
-        channels = named[..., : self.promoted] % self.head_dim
-        high = split_bits(torch.unflatten(high, -1, (self.promoted, -1)), self.bits).flatten(-2)
+        channels = named[..., : self.promoted].clamp(max=self.head_dim - 1)
+        width = self.page_size * self.bits // 8
+        high = split_bits(torch.unflatten(high, -1, (self.promoted, width)), self.bits).flatten(-2)
         dense = self.dense.unpack(low)
         index = channels.long().unsqueeze(-2).expand(*dense.codes.shape[:-1], -1)
         codes = dense.codes.scatter_add(-1, index, high.transpose(-1, -2) << self.bits)
