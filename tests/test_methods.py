@@ -315,6 +315,17 @@ def test_a_cache_that_grows_equals_one_that_got_all_at_once(codec):
     assert torch.allclose(out, expected, atol=1e-4)
 
 
+def test_kernels_for_affine_codes_refuse_pages_with_something_beside():
+    k, v = torch.randn(2, 1, HEADS, 300, 64)
+    for layout, name in (("strided", "triton"), ("lanes", "cpu")):
+        cache = PagedCache(recipe_of(Kitty()), 1, layout=layout)
+        cache.append(0, k, v)
+        with pytest.raises(
+            ValueError, match=rf"backend '{name}' refused: it got a PromotedFormat, and takes"
+        ):
+            attend(k, cache.layers[0].view(), backend=name)
+
+
 @pytest.fixture(scope="module")
 def bundled():
     from transformers import AutoModelForCausalLM

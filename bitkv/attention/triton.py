@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitkv.attention.base import EVERY_TOKEN, AttentionRequest, Backend
 from bitkv.attention.tiling import HOT_TOKENS, Variant
-from bitkv.pages import RAW_DTYPES, PageFormat
+from bitkv.pages import RAW_DTYPES, AffineFormat, PageFormat
 from bitkv.view import CacheView
 
 _DTYPES = tuple(RAW_DTYPES.values())
@@ -233,6 +233,9 @@ def _refuse_format(view: CacheView) -> str | None:
     form = view.format
     if not (view.key.is_plain and view.value.is_plain):
         return "it got codes of a codebook or of transformed tokens, and takes scales and zero points"
+    for part in (form.key, form.value):
+        if not isinstance(part, AffineFormat):
+            return f"it got a {type(part).__name__}, and takes scales and zero points"
     if form.layout != "strided":
         return f"it got pages of the layout {form.layout!r}, and takes 'strided'"
     if form.head_dim > 256:
