@@ -46,7 +46,7 @@ FORMATS = {
     "2-bit/32": "kivi2",
     "1-bit/32": "affine(1, 32)",
 }
-CHECKED = (*FORMATS.values(), "int8", "best2", "best1", "affine(2, 64)", "asymkv(0, 0)")
+CHECKED = (*FORMATS.values(), "int8", "quick2", "quick1", "affine(2, 64)", "asymkv(0, 0)")
 MAIN = (32, 8, 131072, 1)  # query heads, KV heads, context, batch
 LARGEST_BYTES = 40 << 30  # of one measurement's caches, all copies together
 GENERATED = 200
@@ -237,7 +237,7 @@ def check_steps(bench: Bench) -> None:
     Raises:
         SystemExit: they differ.
     """
-    for text in ("kivi2",) if bench.dry else ("affine(4, 'page')", "kivi2", "best1", "fp16"):
+    for text in ("kivi2",) if bench.dry else ("affine(4, 'page')", "kivi2", "quick1", "fp16"):
         recipe = parse(text)
         common = settings(recipe)
         grows = PagedLayer(*recipe.codecs(0), **common)
@@ -422,7 +422,7 @@ def release() -> None:
 
 def measure_storing(bench: Bench) -> None:
     """A step that only adds a token, one that packs a page, and packing a prompt."""
-    searched = {} if bench.dry else {"best2": "best2", "best1": "best1"}
+    searched = {} if bench.dry else {"quick2": "quick2", "quick1": "quick1"}
     for name, text in (formats(bench) | searched).items():
         if bench.left < 30:
             print(f"no time left to store {name} and what follows", flush=True)
@@ -529,7 +529,7 @@ def bundled(bench: Bench) -> tuple[Any, Tensor]:
 
 
 def generated_recipes(bench: Bench) -> tuple[str, ...]:
-    return ("kivi2",) if bench.dry else ("kivi4", "kivi2", "best2", "best1", "fp16")
+    return ("kivi2",) if bench.dry else ("kivi4", "kivi2", "quick2", "quick1", "fp16")
 
 
 def greedy(bench: Bench, model: Any, ids: Tensor, cache: Any) -> tuple[Any, float | None]:

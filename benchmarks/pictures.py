@@ -10,7 +10,7 @@ from bitkv import benchmark
 RESULTS = Path(__file__).parent / "results"
 COLOURS = {"min–max levels": "#D55E00", "searched levels": "#0072B2"}
 MARKS = {"min–max levels": "o", "searched levels": "D"}
-SHOWN = ("int8", "kivi4", "kivi2", "asymkv(2, 0)", "affine(1, 32)", "best2", "best1")
+SHOWN = ("int8", "kivi4", "kivi2", "asymkv(2, 0)", "affine(1, 32)", "quick2", "quick1")
 # labels stand on the outer side of their point: (offset in points, alignment)
 SIDES = {"min–max levels": ((8, -11), "left"), "searched levels": ((-8, 4), "right")}
 

@@ -31,8 +31,8 @@ RECIPES = (
     "kivi2",
     "affine(2, 32, 'mse')",
     "affine(2, 32, 'unbiased')",
-    "best2",
-    "best1",
+    "quick2",
+    "quick1",
     "asymkv(2, 0)",
     "affine(1, 32)",
     "affine(1, 32, 'mse')",
@@ -46,8 +46,8 @@ SPEED = (
     "kivi4",
     "kivi2",
     "affine(1, 32)",
-    "best2",
-    "best1",
+    "quick2",
+    "quick1",
 )
 PACKING = (*SPEED, "fp16", "affine(4, 32, 'mse')", "affine(2, 32, 'mse')", "affine(1, 32, 'mse')")
 
@@ -88,7 +88,7 @@ COMMANDS: dict[str, list[str]] = {
     "append": ["bench", "attention", "--full", *_named(PACKING), "--context", "32768"],
     "pack": ["bench", "pack", "--full", *_named(PACKING), "--context", "32768"],
     "decode": [
-        *("bench", "decode", "--full", *_named(("kivi4", "kivi2", "best2", "best1"))),
+        *("bench", "decode", "--full", *_named(("kivi4", "kivi2", "quick2", "quick1"))),
         *("--context", "4096", "16384", "32768", "65536", "131072"),
     ],
 }

@@ -13,7 +13,7 @@ from bitkv.digests import digest_of
 from bitkv.files import replacing
 from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
-from bitkv.recipe_file import as_recipe
+from bitkv.recipe.file import as_recipe
 from bitkv.rope import Rope
 from bitkv.snapshot import restore, state
 from bitkv.static import StaticLayer

@@ -138,9 +138,9 @@ CASES = [
     Case(recipe="fp16", heads=3, kv_heads=1, head_dim=80, queries=5),
     Case(recipe="fp16", heads=16, kv_heads=1, dtype=torch.bfloat16, queries=130),
     Case(recipe="fp16", lengths=(700, 0, 250), dtype=torch.float32, queries=300),
-    Case(recipe="best2", lengths=(1000, 129, 300), heads=32, kv_heads=1, head_dim=128),
-    Case(recipe="best1", lengths=(500, 0, 700), head_dim=96, queries=5, dtype=torch.bfloat16),
-    Case(recipe="best2", lengths=(500, 300), head_dim=256, queries=2),
+    Case(recipe="quick2", lengths=(1000, 129, 300), heads=32, kv_heads=1, head_dim=128),
+    Case(recipe="quick1", lengths=(500, 0, 700), head_dim=96, queries=5, dtype=torch.bfloat16),
+    Case(recipe="quick2", lengths=(500, 300), head_dim=256, queries=2),
     Case(recipe=ONE_BIT, lengths=(200, 1000, 64), head_dim=80, heads=8, kv_heads=1, queries=3),
     Case(recipe=ONE_BIT, lengths=(333,), head_dim=128, dtype=torch.float32, queries=130),
     Case(recipe=TOKEN_KEYS, lengths=(500, 127, 0), queries=130),
@@ -151,7 +151,7 @@ CASES = [
     Case(lengths=(1000, 129, 0), queries=5, window=100),
     Case(lengths=(1000, 129, 0), queries=130, window=1),
     Case(lengths=(500, 129), queries=5, softcap=5.0),
-    Case(recipe="best2", lengths=(500, 0), queries=5, window=300, softcap=2.0, dtype=torch.bfloat16),
+    Case(recipe="quick2", lengths=(500, 0), queries=5, window=300, softcap=2.0, dtype=torch.bfloat16),
 ]
 
 
@@ -202,7 +202,7 @@ def test_positions_say_the_last_token_each_query_sees(backend):
 
 @EXACT_BACKEND
 def test_chunks_of_queries_see_what_they_would_see_one_by_one(backend):
-    layer = filled("best2", (300, 40), backend=backend)
+    layer = filled("quick2", (300, 40), backend=backend)
     q = torch.randn(2, 4, 5, 64).half()
     together, _ = attend_by(backend, q, layer)
     for i in range(5):

@@ -77,7 +77,7 @@ ROWS = [
         ("bfloat16", 0.9, "vllm"),
         ("float32", 2.0, "sdpa-grouped"),
         ("kivi2", 3.0, "reference"),
-        ("best1", 2.9, "reference"),
+        ("quick1", 2.9, "reference"),
     )
 ]
 
@@ -104,7 +104,7 @@ def report() -> Report:
 # --- synthetic caches ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["fp16", "kivi2", "best1"])
+@pytest.mark.parametrize("text", ["fp16", "kivi2", "quick1"])
 def test_synthetic_cache_equals_an_appended_one(text: str) -> None:
     recipe, context = parse(text), 19 * 128 + 37
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ def test_ragged_lengths(context: int) -> None:
     assert lengths[0] == -(-context // 8)
     assert lengths[-1] == context
     assert lengths == sorted(set(lengths))
-    layer = synthetic_layer(parse("best2"), Shape(4, 4, 2, 64, "float32"), lengths)
+    layer = synthetic_layer(parse("quick2"), Shape(4, 4, 2, 64, "float32"), lengths)
     assert layer.lengths == lengths
     pages = [page for row in layer.page_lists() for page in row]
     assert len(set(pages)) == len(pages) == len(layer.pool.data)
@@ -335,9 +335,11 @@ def test_batches_and_threads_have_their_own_rows() -> None:
 
 
 def test_packing_rows_count_the_input() -> None:
-    report = run_packing(["kivi2", "best1"], [512], kv_heads=2, head_dim=64, dtype="float16", quick=True)
+    report = run_packing(
+        ["kivi2", "quick1"], [512], kv_heads=2, head_dim=64, dtype="float16", quick=True
+    )
     rows = {(row.operation, row.recipe): row for row in report.rows}
-    assert set(rows) == {(op, name) for op in ("pack", "prompt") for name in ("kivi2", "best1")}
+    assert set(rows) == {(op, name) for op in ("pack", "prompt") for name in ("kivi2", "quick1")}
     per_token = 2 * 2 * 64 * 2  # bytes of K and V of two heads
     # 512 tokens: kivi2 packs 3 pages and keeps 128 tokens
     assert rows["pack", "kivi2"].bytes == 384 * per_token
@@ -349,7 +351,7 @@ def test_packing_rows_count_the_input() -> None:
 
 
 def test_packing_writes_the_pages_that_appending_makes() -> None:
-    prompt = packing._Prompt(parse("best2"), SMALL, 600)
+    prompt = packing._Prompt(parse("quick2"), SMALL, 600)
     k, v = prompt.pairs[0]
     pages = prompt.layer.pool.data.clone()
     prompt.layer.pool.data.zero_()
@@ -518,7 +520,7 @@ def test_html_holds_every_line(tmp_path: Path) -> None:
     pytest.importorskip("plotly")
     plot(ROWS, tmp_path / "bench.html")
     text = (tmp_path / "bench.html").read_text(encoding="utf-8")
-    for name in ("kivi2", "best1", "fastest SDPA", "vLLM bf16", "SDPA bf16"):
+    for name in ("kivi2", "quick1", "fastest SDPA", "vLLM bf16", "SDPA bf16"):
         assert f'"name":"{name}"' in text
     assert [p.name for p in tmp_path.iterdir()] == ["bench.html"]
 

@@ -12,7 +12,7 @@ from bitkv.cache import PagedCache
 from bitkv.pages import LAYOUTS
 from bitkv.recipe import parse
 
-RECIPES = ("fp16", "int8", "kivi4", "kivi2", "asymkv(1, 0)", "best2", "best1")
+RECIPES = ("fp16", "int8", "kivi4", "kivi2", "asymkv(1, 0)", "quick2", "quick1")
 MODEL = "tiny model, 2 layers"
 
 
@@ -45,8 +45,8 @@ def assert_equal(a: list[Tensor], b: list[Tensor]) -> None:
 def test_each_layer_has_the_codecs_and_the_window_that_the_recipe_gives_it():
     cache = PagedCache("asymkv(lk=1, lv=0)", 2)
     assert [(layer.key.bits, layer.value.bits) for layer in cache.layers] == [(2, 1), (1, 1)]
-    layer = PagedCache("best2", 1).layers[0]
-    recipe = parse("best2")
+    layer = PagedCache("quick2", 1).layers[0]
+    recipe = parse("quick2")
     assert layer.num_sink_tokens == recipe.num_sink_tokens
     assert layer.recent_tokens == recipe.recent_tokens
     assert layer.page_size == recipe.page_size
@@ -83,7 +83,14 @@ def test_reset_forgets_all_tokens():
 
 @pytest.mark.parametrize(
     ("recipe", "packed_bits"),
-    [("fp16", 16.0), ("int8", 8.25), ("kivi4", 5.0), ("kivi2", 3.0), ("best2", 2.625), ("best1", 1.75)],
+    [
+        ("fp16", 16.0),
+        ("int8", 8.25),
+        ("kivi4", 5.0),
+        ("kivi2", 3.0),
+        ("quick2", 2.625),
+        ("quick1", 1.75),
+    ],
 )
 def test_bits_per_element_are_measured_from_bytes_hot_window_included(recipe, packed_bits):
     cache = PagedCache(recipe, 2)

@@ -286,14 +286,14 @@ def test_real_caches_in_8_and_16_bits(captured, layer_idx, recipe, dtype):
 
 
 @pytest.mark.parametrize("factor", [0.0, 1e-3, 100.0])
-@pytest.mark.parametrize("recipe", ["kivi4", "best1", "int8", "fp16"])
+@pytest.mark.parametrize("recipe", ["kivi4", "quick1", "int8", "fp16"])
 def test_flat_and_sharp_attention(recipe, factor):
     case = case_of(recipe, dtype=FLOAT)
     case.q *= factor
     assert_rule(case)
 
 
-@pytest.mark.parametrize("recipe", ["kivi4", "kivi2", "affine(1)", "best1", "int8", "fp16"])
+@pytest.mark.parametrize("recipe", ["kivi4", "kivi2", "affine(1)", "quick1", "int8", "fp16"])
 @pytest.mark.parametrize("constant", [0.0, 1.0, -1e4])
 def test_constant_keys_and_values_are_no_special_case(recipe, constant):
     k = torch.full((1, 2, 300, 64), constant).half()
@@ -414,7 +414,7 @@ def test_instruction_sets_agree(recipe, queries):
 
 # --- every shape -------------------------------------------------------------------------------------
 
-RECIPES = pytest.mark.parametrize("recipe", ["kivi2", "best1", "int8", "fp16"])
+RECIPES = pytest.mark.parametrize("recipe", ["kivi2", "quick1", "int8", "fp16"])
 
 
 @RECIPES

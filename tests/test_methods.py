@@ -26,6 +26,7 @@ from bitkv.codecs import (
     QuaRot,
     RotateKV,
     Sample,
+    Spectral,
     TaSQ,
     TurboQuant,
     Unquantized,
@@ -50,6 +51,7 @@ METHODS = [
     *(KVQuant(2), KVQuant(3, 0.05, qnorm=True), KVQuant(1, 0.0, rope="after"), Kitty(), Kitty(0.0)),
     *(TurboQuant(1), TurboQuant(3, seed=5), QJL(1), QJL(3, seed=1), VecInfer(4, 4), VecInfer(2, 3)),
     *(NSN(1), NSN(2, "after"), TaSQ(4, 4), TaSQ(8, 5, "after")),
+    *(Spectral(1), Spectral(1.5, "before")),
 ]
 CASES = [
     (codec, site)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from bitkv.codecs import Affine, Unquantized
 from bitkv.recipe import PRESETS, Recipe, Split, load, parse
-from bitkv.recipe_file import as_recipe
+from bitkv.recipe.file import as_recipe
 
 PLAIN = [name for name, preset in PRESETS.items() if not preset.example]
 EXAMPLES = {name: preset.example for name, preset in PRESETS.items() if preset.example}

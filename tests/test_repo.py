@@ -23,7 +23,6 @@ CORE = [
     ["pages", "pool"],
     ["codecs", "view", "checks"],
     ["packing", "recipe"],
-    ["recipe_file"],
     ["attention", "layer"],
     ["static"],
     ["snapshot"],

@@ -143,7 +143,7 @@ def test_exact_prefill_leaves_prompt_logits_untouched():
         assert torch.equal(model(prompt.ids, past_key_values=cache).logits, stock)
 
 
-@pytest.mark.parametrize("recipe", ["fp16", "kivi2", "best1"])
+@pytest.mark.parametrize("recipe", ["fp16", "kivi2", "quick1"])
 def test_a_batch_generates_what_its_sequences_do_alone(recipe):
     model, prompt = build(), padded_prompt()
     together = prompt.generate(model, past_key_values=PackedCache(model.config, recipe))
@@ -156,10 +156,10 @@ def test_a_batch_generates_what_its_sequences_do_alone(recipe):
 def test_sinks_are_the_first_real_tokens_of_a_left_padded_sequence():
     model, prompt = build(), padded_prompt()
     places = (prompt.mask.cumsum(1) - 1).clamp(min=0)
-    with packed(model, "best2"):
+    with packed(model, "quick2"):
         cache = model(prompt.ids, attention_mask=prompt.mask, position_ids=places).past_key_values
     alone = prompt.ids[1:2, 60:]
-    with packed(model, "best2"):
+    with packed(model, "quick2"):
         expected = model(alone).past_key_values
     for layer, own in zip(cache.layers, expected.layers, strict=True):
         sinks = slice(0, layer.paged.num_sink_tokens)

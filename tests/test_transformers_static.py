@@ -14,7 +14,7 @@ from bitkv.attention import last_backend
 from bitkv.generation import checkpoint
 from bitkv.integrations.transformers import PackedCache, StaticPackedLayer
 
-RECIPES = ["kivi2", "best1", "fp16"]
+RECIPES = ["kivi2", "quick1", "fp16"]
 ROOM = 800
 
 
@@ -66,7 +66,7 @@ def test_a_static_cache_generates_what_a_growing_one_does(bundled, text, recipe)
         assert cache.get_max_length() == cache.max_cache_len == ROOM
 
 
-@pytest.mark.parametrize("recipe", ["kivi2", "best1"])
+@pytest.mark.parametrize("recipe", ["kivi2", "quick1"])
 def test_a_compiled_step_serves_all_lengths_and_caches(bundled, text, recipe):
     count = 420  # pages are packed by four steps at least
     torch._dynamo.reset()

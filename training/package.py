@@ -53,8 +53,27 @@ def calibration_text(train: list[Document], seed: int = 0) -> str:
                 break
             pieces.append(piece)
             used += len(piece)
+    prose = "\n".join(d.text for d in train if d.kind == "topic")
+    while sum(map(len, pieces)) < CALIBRATION_CHARS * 4 // 3:
+        pieces.append(_recall_piece(rng, prose))
     rng.shuffle(pieces)
     return "\n".join(pieces)
+
+
+def _recall_piece(rng: random.Random, prose: str) -> str:
+    """Facts in prose, each asked again at the end, as in the rows that the model was trained on."""
+    keys = rng.sample(tasks.KEYS, 12)
+    values = tasks.random_values(rng, len(keys), distinct_starts=False)
+    facts = list(zip(keys, values, strict=True))
+    tell, ask = rng.choice(
+        [(tasks.needle_sentence, tasks.needle_sentence), (tasks.pair_line, tasks.pair_line),
+         (tasks.assignment, lambda k, v: f"{tasks.variable_question(k)} {v}")]
+    )  # fmt: skip
+    lines = _piece(rng, prose).splitlines(keepends=True)
+    for fact in facts:
+        lines.insert(rng.randrange(len(lines) + 1), tell(*fact) + "\n")
+    asked = [ask(*fact) + "\n" for fact in rng.sample(facts, len(facts))]
+    return "".join(lines + asked)
 
 
 def _piece(rng: random.Random, text: str) -> str:

@@ -8,7 +8,7 @@ from bitkv.benchmark.bandwidth import read_bandwidth
 from bitkv.benchmark.environment import Environment, environment_of_run
 from bitkv.benchmark.timing import Effort, torch_threads
 from bitkv.recipe import Recipe
-from bitkv.recipe_file import as_recipe
+from bitkv.recipe.file import as_recipe
 
 Progress = Callable[[str, int, int], None]
 """Called before each step with what it measures, how many steps are done, and how many there are."""

@@ -17,7 +17,7 @@ from bitkv.integrations.transformers.fingerprint import fingerprint, weights_dig
 from bitkv.integrations.transformers.gather import Gathered, gather
 from bitkv.integrations.transformers.rope import rope_of
 from bitkv.recipe import Calibration, Recipe
-from bitkv.recipe_file import as_recipe, read, write
+from bitkv.recipe.file import as_recipe, read, write
 from bitkv.rope import Rope
 
 __all__ = ["TooLittleText", "calibrate", "read", "write"]

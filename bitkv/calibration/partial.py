@@ -9,7 +9,7 @@ from bitkv.codecs import Codec
 from bitkv.digests import digest_of
 from bitkv.files import replacing
 from bitkv.recipe import Recipe
-from bitkv.recipe_file import open_tensors, with_learned
+from bitkv.recipe.file import open_tensors, with_learned
 
 
 class Partial:

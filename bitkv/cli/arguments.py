@@ -61,7 +61,7 @@ def recipe(text: str) -> "Recipe":
         ValueError: a file that is not there, or a text that names no recipe.
     """
     from bitkv.recipe import parse, without_comments
-    from bitkv.recipe_file import as_recipe
+    from bitkv.recipe.file import as_recipe
 
     return parse(without_comments(read_text(text[1:]))) if text.startswith("@") else as_recipe(text)
 

@@ -17,14 +17,14 @@ SUMMARY = "time decode attention, whole decode steps, or packing"
 DESCRIPTION = """Time one layer's attention of a new token, a model's decode steps, or the packing of
 prompts, against context length, beside the memory bandwidth of this machine."""
 EXAMPLES = """examples:
-  bitkv bench attention --recipe kivi2 --recipe best1 --context 8192 32768
+  bitkv bench attention --recipe kivi2 --recipe quick1 --context 8192 32768
   bitkv bench attention --batch 1 8 --ragged --threads 1 2 --json bench.json --plot bench.png
   bitkv bench attention --heads 16/2 --head-dim 64 --backend all
   bitkv bench decode --context 4096 32768 --plot decode.html
   bitkv bench pack --recipe "affine(2, 32, 'mse')" --context 32768
 """
 
-_RECIPES = ("kivi4", "kivi2", "best1")
+_RECIPES = ("kivi4", "kivi2", "quick1")
 _DTYPES = ("bfloat16", "float16", "float32")
 
 Measure = Callable[[argparse.Namespace, Any], Any]

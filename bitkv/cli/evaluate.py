@@ -18,13 +18,13 @@ both on a text of another domain (ood), how long greedy text stays the same (div
 long prompts, and errors on keys, values and attention outputs."""
 EXAMPLES = """examples:
   bitkv eval
-  bitkv eval --recipe kivi2 --recipe best1 --task needle --length 1024 4096 --samples 100
+  bitkv eval --recipe kivi2 --recipe quick1 --task needle --length 1024 4096 --samples 100
   bitkv eval --stress --task agreement needle_similar --depths 5 --seeds 3 --dtype float32
   bitkv eval Qwen/Qwen3-0.6B --text wiki.txt --task perplexity agreement --tokens 32768
   bitkv eval --json eval.json
 """
 
-_RECIPES = ("int8", "kivi4", "kivi2", "best2", "best1")
+_RECIPES = ("int8", "kivi4", "kivi2", "quick2", "quick1")
 TASKS = (
     "perplexity",
     "agreement",

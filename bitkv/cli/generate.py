@@ -19,7 +19,7 @@ standard error. The prompt is --file, then --prompt, or standard input if neithe
 EXAMPLES = """examples:
   bitkv generate --demo --compare
   bitkv generate --prompt "def read_lines(path):" --max-new-tokens 40
-  bitkv generate Qwen/Qwen3-0.6B --file report.txt --prompt "In short:" --recipe best2
+  bitkv generate Qwen/Qwen3-0.6B --file report.txt --prompt "In short:" --recipe quick2
   bitkv generate --file report.txt --prompt "In short:" --recipe kivi2 --compare
   bitkv generate --file report.txt --save-cache report.kv --max-new-tokens 1
   bitkv generate --load-cache report.kv --prompt "In short:"

@@ -11,6 +11,7 @@ from bitkv.codecs.qserve import QServe
 from bitkv.codecs.quarot import QuaRot
 from bitkv.codecs.rotatekv import RotateKV
 from bitkv.codecs.sample import Sample
+from bitkv.codecs.spectral import Spectral
 from bitkv.codecs.tasq import TaSQ
 from bitkv.codecs.turboquant import TurboQuant
 from bitkv.codecs.unquantized import Unquantized
@@ -18,7 +19,7 @@ from bitkv.codecs.vecinfer import VecInfer
 
 _ALL: tuple[type[Codec], ...] = (
     *(Affine, Coupled, Kitty, KVQuant, NSN, QJL, QServe),
-    *(QuaRot, RotateKV, TaSQ, TurboQuant, Unquantized, VecInfer),
+    *(QuaRot, RotateKV, Spectral, TaSQ, TurboQuant, Unquantized, VecInfer),
 )
 
 CODECS: dict[str, type[Codec]] = {codec.__name__: codec for codec in _ALL}
@@ -36,6 +37,7 @@ __all__ = [
     "QuaRot",
     "RotateKV",
     "Sample",
+    "Spectral",
     "TaSQ",
     "TurboQuant",
     "Unquantized",

@@ -27,7 +27,7 @@ from bitkv.evaluation.recall import RecallProtocol, recall, table_copy
 from bitkv.evaluation.report import Row
 from bitkv.evaluation.stress import stressed
 from bitkv.recipe import Recipe
-from bitkv.recipe_file import as_recipe
+from bitkv.recipe.file import as_recipe
 
 TASKS = ("perplexity", "agreement", "ood", "fidelity", "divergence", *RECALL, "table_copy")
 """Everything that `run` measures."""

@@ -18,7 +18,7 @@ from bitkv.integrations.transformers.rope import rope_of
 from bitkv.integrations.transformers.static import StaticPackedLayer
 from bitkv.layer import PagedLayer
 from bitkv.recipe import Recipe
-from bitkv.recipe_file import as_recipe
+from bitkv.recipe.file import as_recipe
 
 
 class PackedCache(Cache):  # type: ignore[misc]

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bitkv.codecs import Codec
 from bitkv.files import replacing
-from bitkv.recipe import Calibration, Recipe, parse
+from bitkv.recipe.base import Calibration, Recipe
+from bitkv.recipe.text import parse
 
 _MAGIC = "bitkv recipe 1"
 
