@@ -6,8 +6,8 @@ dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes fo
 _Part = tuple[int, int, int, int, int, int]
 _CodePart = tuple[int, int, int, int, int]
 _Codebook = tuple[int, int, int, int, int]  # data, heads, groups, entries, channels; contiguous float32
-# codebook; restore, its heads and width; inv_freq, their number, factor; zeros for what there is not
-_Shared = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float]]
+# codebook; restore, its heads and width; inv_freq, their number, factor; tables; zeros for what there is not
+_Shared = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float], int]
 
 def isas() -> list[str]:
     """The instruction sets this CPU can run, best first."""
@@ -69,6 +69,18 @@ def nearest(
     /,
 ) -> None:
     """For each point `[groups, points, channels]` its nearest of `[groups, entries, channels]`."""
+
+def tabulate(
+    isa: str,
+    codebook: _Codebook,
+    width: int,
+    kind: int,  # 0 values, 1 keys, 2 keys before the rotary embedding
+    pairs: int,  # of channels that turn together
+    out: int,
+    threads: int,
+    /,
+) -> int:
+    """Fill `out` with what kernels look codes up in; its bytes, 0 for none. 0 for `out` asks but for these."""
 
 def append(
     hot: tuple[int, int, int],  # hot_k, hot_v, hot_len

@@ -4,12 +4,16 @@ The environment variable BITKV_CPU_ISA, read on first use, names another instruc
 """
 
 import os
+from collections.abc import MutableMapping
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+_MOST_ENTRIES, _LANES = 256, 16  # of a table; numbers in a vector
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 """The numbers of dtypes that kernels take: `DType` in csrc/page.h."""
@@ -82,6 +86,42 @@ def nearest(x: Tensor, codebook: Tensor) -> Tensor | None:
         (groups, points, channels, codebook.shape[1]),
         torch.get_num_threads(),
     )
+    return out
+
+
+_tables: MutableMapping[Tensor, dict[tuple[object, ...], Tensor | None]] = WeakIdKeyDictionary()
+
+
+def tables(codebook: Tensor, width: int, inv_freq: Tensor | None, *, values: bool) -> Tensor | None:
+    """What kernels look codes up in, made of a codebook `[H, groups, entries, channels]` on first use.
+
+    Args:
+        width: numbers of a token that the groups cover.
+        inv_freq: of the rotary embedding that keys lack.
+        values: for values, else for keys.
+
+    Returns:
+        Bytes, kept as long as the codebook; None where codes become float32 instead.
+    """
+    pairs = 0 if inv_freq is None else inv_freq.shape[0]
+    if codebook.shape[2] > _MOST_ENTRIES or (pairs and (2 * pairs != width or pairs % _LANES)):
+        return None
+    kind = 0 if values else 2 if pairs else 1
+    key = (isa(), codebook._version, width, kind)
+    known = _tables.setdefault(codebook, {})
+    if key not in known:
+        known[key] = _tabulate(codebook.float().contiguous(), width, kind, pairs)
+    return known[key]
+
+
+def _tabulate(codebook: Tensor, width: int, kind: int, pairs: int) -> Tensor | None:
+    shape = (codebook.data_ptr(), *codebook.shape)
+    threads = torch.get_num_threads()
+    size = module().tabulate(isa(), shape, width, kind, pairs, 0, threads)
+    if not size:
+        return None
+    out = torch.empty(size, dtype=torch.uint8)
+    module().tabulate(isa(), shape, width, kind, pairs, out.data_ptr(), threads)
     return out
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from bitkv import native
 from bitkv.attention.base import AttentionRequest, Backend
-from bitkv.pages import LANES, AffineFormat, CodebookFormat, PartFormat
+from bitkv.pages import LANES, AffineFormat, CodebookFormat, PartFormat, Site
 from bitkv.shared import Shared
 from bitkv.view import CacheView
 
 _LARGEST_HEAD_DIM = 256
 _PAGE_SIZE_AT = {6: 1, 5: 3}  # in `AffineFormat.numbers` and `CodebookFormat.numbers`
-_Numbers = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float]]
+_Numbers = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float], int]
 
 
 def _attend(
@@ -59,8 +59,8 @@ def _attend(
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
     batch, heads, queries, head_dim = q.shape
     _, kv_heads, capacity, _ = hot_k.shape
-    key_shared = _Shared.of(key_codebook, key_restore, inv_freq)
-    value_shared = _Shared.of(value_codebook, value_restore)
+    key_shared = _Shared.of("key", q.shape[3], key_codebook, key_restore, inv_freq)
+    value_shared = _Shared.of("value", q.shape[3], value_codebook, value_restore)
     page_size = key[_PAGE_SIZE_AT[len(key)]]
     out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
     last_seen = 0 if positions is None else positions.data_ptr()
@@ -87,24 +87,41 @@ class _Shared(NamedTuple):
     codebook: Tensor | None = None
     restore: Tensor | None = None
     inv_freq: Tensor | None = None
+    tables: Tensor | None = None
 
     @classmethod
-    def of(cls, *tensors: Tensor | None) -> "_Shared":
-        if not any(x is not None for x in tensors):
+    def of(
+        cls,
+        site: Site,
+        head_dim: int,
+        codebook: Tensor | None,
+        restore: Tensor | None,
+        inv_freq: Tensor | None = None,
+    ) -> "_Shared":
+        if codebook is None and restore is None and inv_freq is None:
             return _NOTHING
-        return cls(*(None if x is None else _plain(x, torch.float32) for x in tensors))
+        tables = None
+        if codebook is not None and (restore is None or inv_freq is None):
+            width = head_dim if restore is None else restore.shape[2]
+            tables = native.tables(codebook, width, inv_freq, values=site == "value")
+        return cls(_floats(codebook), _floats(restore), _floats(inv_freq), tables)
 
     def numbers(self, factor: float = 1.0) -> _Numbers:
         """The tensors' addresses and sizes, zeros for None."""
-        codebook, restore, inv_freq = self
+        codebook, restore, inv_freq, tables = self
         return (
             (0, 1, 1, 1, 1) if codebook is None else (codebook.data_ptr(), *codebook.shape),
             (0, 1, 0) if restore is None else (restore.data_ptr(), restore.shape[0], restore.shape[2]),
             (0, 0, factor) if inv_freq is None else (inv_freq.data_ptr(), inv_freq.shape[0], factor),
+            0 if tables is None else tables.data_ptr(),
         )
 
 
 _NOTHING = _Shared()
+
+
+def _floats(x: Tensor | None) -> Tensor | None:
+    return None if x is None else _plain(x, torch.float32)
 
 
 def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:

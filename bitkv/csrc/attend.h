@@ -5,6 +5,9 @@
 
 #include "rows.h"
 #include "decode.h"
+#if defined(BITKV_LOOKUP)
+#include "lookup.h"
+#endif
 
 namespace bitkv::BITKV_ISA {
 
@@ -254,6 +257,7 @@ struct Plan {
   Half key, value;  // where these have no codebook
   size_t page_bytes;
   bool keys_as_floats;   // not as codes
+  bool looks_up_keys, looks_up_values;
   int rows;   // query rows of a KV head: heads that share it times queries
   int tiles;  // of kRows rows
   int parts;  // of a sequence, attended separately and merged
@@ -261,17 +265,20 @@ struct Plan {
 
   const Turns* turns = nullptr;   // for keys before the rotary embedding
   const Angle* angles = nullptr;  // of the first page of each part
+  const int16_t* turn_words = nullptr;  // for lookups
 
   explicit Plan(const AttendRequest& r)
       : key(half_of(r.key, r)), value(half_of(r.value, r)), page_bytes(r.page_bytes()),
-        keys_as_floats(r.key.has_codebook || r.key.inv_freq) {
+        keys_as_floats(r.key.has_codebook || r.key.inv_freq), looks_up_keys(r.lookups && r.key.tables),
+        looks_up_values(r.lookups && r.value.tables) {
     rows = r.heads / r.kv_heads * r.queries;
     tiles = (rows + kRows - 1) / kRows;
     int longest = 1;
     for (int b = 0; b < r.batch; ++b) longest = std::max(longest, num_pages(r, b) + hot_pieces(r, b));
     // enough for any number of threads, but merging a part costs as much as attending to a few pages
     const int items = r.batch * tiles * r.kv_heads, wanted = std::max(1, 64 / items);
-    part_size = std::max(kLeastPart, (longest + wanted - 1) / wanted);
+    const int least = looks_up_keys ? 4 * kLeastPart : kLeastPart;  // which have tables to make first
+    part_size = std::max(least, (longest + wanted - 1) / wanted);
     parts = (longest + part_size - 1) / part_size;
   }
 
@@ -355,12 +362,16 @@ inline void add_float_values(const AttendRequest& r, const Queries& q, const uin
   });
 }
 
-// A page of tokens from `first` on; `ahead` is the distance to the one that comes next.
-inline void attend_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
-                        const Angle& angle, int64_t first, ptrdiff_t ahead, Scratch& s) {
-  if (!sees_any(r, q, first, r.page_size)) return;
-  if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, s.scores[0], s);
-  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {s.scores[0], kTile, false}, ahead, s);
+// Scores of a page's keys; `ahead` is the distance to the page that comes next.
+inline void score_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
+                       const Angle& angle, ptrdiff_t ahead, float* scores, Scratch& s) {
+  if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, scores, s);
+  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {scores, kTile, false}, ahead, s);
+}
+
+// From scores of a page, whose tokens are those from `first` on, to sums of its values.
+inline void add_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head, int64_t first,
+                     ptrdiff_t ahead, Scratch& s) {
   const uint8_t* data = page + r.key.nbytes();
   const bool integers = !r.value.has_codebook && plan.value.is_integer();
   if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, s)) return;
@@ -368,16 +379,44 @@ inline void attend_page(const AttendRequest& r, const Plan& plan, const Queries&
   values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, ahead, s);
 }
 
+}  // namespace bitkv::BITKV_ISA
+
+#if defined(BITKV_LOOKUP)
+#include "tiles.h"
+#endif
+
+namespace bitkv::BITKV_ISA {
+
 // Pages of a part of a sequence, up to `end`.
 inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int part, int end,
                          Scratch& s) {
   const int32_t* table = r.block_table + int64_t(b) * r.table_width;
   const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * int64_t(plan.page_bytes); };
+  const auto ahead = [&](int i, int by) { return i + by < end ? page(i + by) - page(i) : 0; };
   Angle angle;
   if (plan.turns) angle = plan.angles[part];
-  for (int i = part * plan.part_size; i < end; ++i) {
-    const ptrdiff_t ahead = i + 1 < end ? page(i + 1) - page(i) : 0;
-    attend_page(r, plan, q, page(i), head, angle, r.num_sink_tokens + int64_t(i) * r.page_size, ahead, s);
+  int i = part * plan.part_size;
+#if defined(BITKV_LOOKUP)
+  if (plan.looks_up_keys || plan.looks_up_values) {
+    LookupScratch& l = lookup_scratch();
+    if (plan.looks_up_keys && !r.key.inv_freq && i < end) tabulate_rows(r.key, q, head, l);
+    const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
+    for (int n; i < end; i += n) {
+      n = std::min(most, end - i);
+      Tile tile;
+      tile.pages = n, tile.page_size = r.page_size, tile.head = head;
+      tile.first = r.num_sink_tokens + int64_t(i) * r.page_size;
+      for (int p = 0; p < n; ++p) tile.page[p] = page(i + p), tile.ahead[p] = ahead(i + p, n);
+      attend_tile(r, plan, q, tile, angle, s, l);
+    }
+  }
+#endif
+  for (; i < end; ++i) {
+    const int64_t first = r.num_sink_tokens + int64_t(i) * r.page_size;
+    if (sees_any(r, q, first, r.page_size)) {
+      score_page(r, plan, q, page(i), head, angle, ahead(i, 1), s.scores[0], s);
+      add_page(r, plan, q, page(i), head, first, ahead(i, 1), s);
+    }
     if (plan.turns) angle.next_page(*plan.turns);
   }
 }
@@ -472,12 +511,17 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
   static thread_local Turns turns;
   static thread_local std::vector<Angle> angles;
   if (!r.key.inv_freq) return;
-  turns.make(r.key, r.page_size);
+  [[maybe_unused]] const bool changed = turns.make(r.key, r.page_size);
   angles.resize(plan.parts);
   for (int p = 0; p < plan.parts; ++p) {
     angles[p].start(turns, r.num_sink_tokens + int64_t(p) * plan.part_size * r.page_size);
   }
   plan.turns = &turns, plan.angles = angles.data();
+#if defined(BITKV_LOOKUP)
+  static thread_local std::vector<int16_t> words;
+  if (changed) turn_table(turns, words);
+  plan.turn_words = words.data();
+#endif
 }
 
 void attend(const AttendRequest& r) {

@@ -11,9 +11,10 @@ struct Turns {
   std::vector<float> inv_freq, cos, sin;        // [page_size][pairs]
   std::vector<double> page_cos, page_sin;       // of a whole page: from one to the next
 
-  void make(const Side& key, int size) {
+  // Whether anything has changed.
+  bool make(const Side& key, int size) {
     const bool same = pairs == key.pairs && page_size == size && std::equal(inv_freq.begin(), inv_freq.end(), key.inv_freq);
-    if (same) return;
+    if (same) return false;
     pairs = key.pairs, page_size = size;
     inv_freq.assign(key.inv_freq, key.inv_freq + pairs);
     cos.resize(size_t(pairs) * size), sin.resize(cos.size());
@@ -25,6 +26,7 @@ struct Turns {
       }
       page_cos[i] = std::cos(double(size) * inv_freq[i]), page_sin[i] = std::sin(double(size) * inv_freq[i]);
     }
+    return true;
   }
 };
 

@@ -8,5 +8,5 @@
 #include "nearest.h"
 
 namespace bitkv {
-const Kernels kAvx2{"avx2", false, avx2::attend, avx2::encode, avx2::nearest, avx2::encode_codes};
+const Kernels kAvx2{"avx2", false, avx2::attend, avx2::encode, avx2::nearest, avx2::encode_codes, nullptr};
 }

@@ -8,5 +8,5 @@
 #include "nearest.h"
 
 namespace bitkv {
-const Kernels kPortable{"portable", false, portable::attend, portable::encode, portable::nearest, portable::encode_codes};
+const Kernels kPortable{"portable", false, portable::attend, portable::encode, portable::nearest, portable::encode_codes, nullptr};
 }

@@ -20,6 +20,7 @@ struct Side {
   const float* inv_freq;  // [pairs], or null: radians a token of channels i and i + pairs; keys only
   int pairs;
   float factor;           // on the channels that turn
+  const uint8_t* tables;  // what `Kernels::tabulate` made of the codebook, or null
 
   size_t nbytes() const { return has_codebook ? codes.nbytes() : affine.nbytes(); }
 };
@@ -97,6 +98,18 @@ struct EncodeCodesRequest {
   int threads;
 };
 
+// What tables are made of a codebook for: see lookup.h.
+enum class TableKind : int { values = 0, keys = 1, turned_keys = 2 };
+
+struct TablesRequest {
+  Codebook codebook;  // at most 256 entries
+  int width;          // channels that its groups cover
+  TableKind kind;
+  int pairs;          // of channels that turn together
+  uint8_t* out;       // null: only their size is asked for
+  int threads;
+};
+
 struct Kernels {
   const char* name;
   bool lookups;  // for AttendRequest
@@ -104,6 +117,7 @@ struct Kernels {
   void (*encode)(const EncodeRequest&);
   void (*nearest)(const NearestRequest&);
   void (*encode_codes)(const EncodeCodesRequest&);
+  size_t (*tabulate)(const TablesRequest&);  // bytes of the tables; null where nothing is looked up
 };
 
 extern const Kernels kPortable;

@@ -100,8 +100,8 @@ void check(const AttendRequest& r, int64_t num_pages, int hot_capacity) {
 using Queries = std::tuple<Address, Address, Address, Address, int>;  // q, out, lse, positions, dtype
 using Shape = std::tuple<int, int, int, int, int>;                   // batch ... head_dim
 using Parts = std::tuple<std::vector<int>, std::vector<int>>;  // PartNumbers or CodeNumbers
-// codebook; restore, its heads and width; inv_freq, their number, factor
-using Shared = std::tuple<CodebookTensor, std::tuple<Address, int, int>, std::tuple<Address, int, float>>;
+// codebook; restore, its heads and width; inv_freq, their number, factor; tables
+using Shared = std::tuple<CodebookTensor, std::tuple<Address, int, int>, std::tuple<Address, int, float>, Address>;
 using Shareds = std::tuple<Shared, Shared>;
 using Pages = std::tuple<Address, int64_t, int>;  // data, number, page_size
 using Tables = std::tuple<Address, int, Address>;  // block_table, its width, packed_len
@@ -109,7 +109,7 @@ using Hot = std::tuple<Address, Address, Address, int, int, int64_t, int64_t, in
 using Scoring = std::tuple<float, int64_t, float>;  // scale, window, softcap
 
 Side side_of(const std::vector<int>& part, const Shared& shared, int head_dim) {
-  const auto& [codebook, map, turns] = shared;
+  const auto& [codebook, map, turns, tables] = shared;
   const auto& [restore, restore_heads, width] = map;
   const auto& [inv_freq, pairs, factor] = turns;
   Side side{};
@@ -120,6 +120,7 @@ Side side_of(const std::vector<int>& part, const Shared& shared, int head_dim) {
   side.restore = at<const float>(restore), side.restore_heads = restore_heads;
   side.width = restore ? width : head_dim;
   side.inv_freq = at<const float>(inv_freq), side.pairs = pairs, side.factor = factor;
+  side.tables = at<const uint8_t>(tables);
   return side;
 }
 
@@ -241,6 +242,14 @@ void encode_codes(std::string_view isa, Address x, int dtype, std::tuple<int64_t
   kernels.encode_codes(request);
 }
 
+size_t tabulate(std::string_view isa, const CodebookTensor& codebook, int width, int kind, int pairs, Address out,
+                int threads) {
+  const Kernels& kernels = find(isa);
+  if (!kernels.tabulate) return 0;
+  const nb::gil_scoped_release released;
+  return kernels.tabulate({codebook_of(codebook), width, TableKind(kind), pairs, at<uint8_t>(out), threads});
+}
+
 using Strides = std::tuple<int64_t, int64_t, int64_t>;  // batch, head, token; in bytes
 
 // Tokens [batch, heads, count] of `bytes` each into the hot window, from its token `start` on.
@@ -272,6 +281,7 @@ NB_MODULE(_native, m) {
   m.def("encode", encode);
   m.def("encode_codes", encode_codes);
   m.def("nearest", nearest);
+  m.def("tabulate", tabulate);
   m.def("append", append);
 }
 

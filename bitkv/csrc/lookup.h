@@ -1,0 +1,468 @@
+// Codebooks of at most 256 entries by byte permutes: a table of 256 bytes fills four registers, and two
+// instructions and a blend look up 64 tokens' codes in it.
+//
+// Keys as attention meets them: q . entry is tabulated once an item for each query row and group, in 16 bits,
+// or in 8 where that is fine enough. Keys before the rotary embedding: entries as 16-bit integers, turned in
+// pairs of channels, then multiplied with all rows. Values: entries as bytes times weights as bytes, both with
+// a second term where one byte costs too much.
+//
+// For AVX-512 with VBMI, whose instructions stand in assembly: not every CPU that runs this file has them.
+// No include guard: isa_avx512.cpp includes this once, after decode.h.
+
+namespace bitkv::BITKV_ISA {
+
+using V = __m512i;
+
+constexpr int kEntries = 256;
+constexpr int kVector = 64;                      // tokens in a register of codes
+constexpr int kTileVectors = kTileTokens / kVector;
+constexpr int kPairs = 8;                        // of channels that are turned before they are multiplied
+constexpr float kLookupShare = 0.06f;            // of quantization's error that a rounding may add
+
+// --- tables of a codebook -------------------------------------------------------------------------
+
+// What is made of a codebook once, head by head: for each of its channels a table, then numbers of channels.
+//   values         bytes [2][256]: high and low parts of 256 high + low = (entry - middle) / unit
+//   keys           float32 [256]
+//   turned keys    bytes [2][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit
+struct Tables {
+  const uint8_t* data;
+  int width;
+  size_t table_bytes;
+
+  static size_t bytes_of_table(TableKind kind) { return kind == TableKind::keys ? 4 * kEntries : 2 * kEntries; }
+  static size_t head_bytes(int width, TableKind kind) {
+    return size_t(width) * bytes_of_table(kind) + (3 * size_t(width) + 16) * sizeof(float);
+  }
+  Tables(const Side& side, TableKind kind, int head)
+      : data(side.tables + head % side.codebook.heads * head_bytes(side.width, kind)), width(side.width),
+        table_bytes(bytes_of_table(kind)) {}
+
+  const uint8_t* of(int channel) const { return data + channel * table_bytes; }
+  const float* units() const { return reinterpret_cast<const float*>(data + width * table_bytes); }
+  const float* middles() const { return units() + width; }
+  const float* errors() const { return middles() + width; }  // squared, that quantization makes, at least
+  float spread() const { return errors()[width]; }      // the variance of entries over that error
+  bool is_fine() const { return errors()[width + 1] != 0; }  // whether bytes of values need their low parts
+};
+
+// What a codebook's own cells say of the error of its codes, per channel: a fraction of the squared distance
+// between neighbouring entries, which is smaller than what data with tails see.
+inline float cell_error(const float* x, int channels, int entries, std::vector<float>& room) {
+  room.assign(entries, FLT_MAX);
+  if (entries == 1) return 0;
+  for (int e = 0; e < entries; ++e) {
+    float near = FLT_MAX;
+    for (int f = 0; f < entries; ++f) {
+      float square = 0;
+      for (int c = 0; c < channels; ++c) {
+        const float d = x[e * channels + c] - x[f * channels + c];
+        square += d * d;
+      }
+      if (f != e) near = std::min(near, square);
+    }
+    room[e] = near;
+  }
+  std::nth_element(room.begin(), room.begin() + entries / 2, room.end());
+  return 0.036f * room[entries / 2];
+}
+
+inline void put_bytes(uint8_t* table, int e, int number, bool low_is_signed) {
+  const int low = low_is_signed ? (number + 128) % 256 - 128 : number & 255;
+  const int wrapped = low_is_signed && low < -128 ? low + 256 : low;
+  table[e] = uint8_t((number - wrapped) / 256), table[kEntries + e] = uint8_t(wrapped);
+}
+
+// The tables of one head.
+inline void tabulate_head(const TablesRequest& r, int head) {
+  const int width = r.width, channels = r.codebook.channels, entries = r.codebook.entries;
+  uint8_t* out = r.out + head * Tables::head_bytes(width, r.kind);
+  const size_t bytes = Tables::bytes_of_table(r.kind);
+  float* units = reinterpret_cast<float*>(out + width * bytes);
+  float *middles = units + width, *errors = middles + width;
+  std::vector<float> room;
+  const auto entry = [&](int e, int c) {  // those beyond the end repeat the first
+    return r.codebook.of(head, c / channels)[(e < entries ? e : 0) * channels + c % channels];
+  };
+  double variance = 0, error = 0, rounding = 0;
+  for (int c = 0; c < width; ++c) {
+    float low = entry(0, c), high = low;
+    double total = 0, squares = 0;
+    for (int e = 0; e < entries; ++e) {
+      const float x = entry(e, c);
+      low = std::min(low, x), high = std::max(high, x), total += x;
+    }
+    middles[c] = r.kind == TableKind::values ? (low + high) / 2 : 0;
+    for (int e = 0; e < entries; ++e) squares += (entry(e, c) - middles[c]) * (entry(e, c) - middles[c]);
+    const float top = std::max({high - middles[c], middles[c] - low, 1e-30f});
+    units[c] = r.kind == TableKind::values ? top / 32512 : top / 23000;
+    errors[c] = c % channels ? errors[c - 1] : cell_error(r.codebook.of(head, c / channels), channels, entries, room);
+    variance += squares / entries, error += errors[c], rounding += 65536.0 / 12 * units[c] * units[c];
+  }
+  errors[width] = float(variance / std::max(error, 1e-30));
+  errors[width + 1] = rounding > kLookupShare * kLookupShare * error;
+  for (int c = 0; c < r.pairs; ++c) units[c] = units[c + r.pairs] = std::max(units[c], units[c + r.pairs]);
+  for (int c = 0; c < width; ++c) {
+    uint8_t* table = out + c * bytes;
+    for (int e = 0; e < kEntries; ++e) {
+      const float x = entry(e, c);
+      if (r.kind == TableKind::keys) std::memcpy(table + e * sizeof x, &x, sizeof x);
+      else put_bytes(table, e, int(std::nearbyint((x - middles[c]) / units[c])), r.kind == TableKind::values);
+    }
+  }
+}
+
+size_t tabulate(const TablesRequest& r) {
+  if (r.out) parallel_for(r.codebook.heads, r.threads, [&](int head) { tabulate_head(r, head); });
+  return r.codebook.heads * Tables::head_bytes(r.width, r.kind);
+}
+
+// --- looking up -----------------------------------------------------------------------------------
+
+inline V load_v(const void* p) { return _mm512_loadu_si512(p); }
+
+// acc + sums of four products of unsigned and signed bytes, or of two products of words, in each lane. Copies
+// of the sums, because GCC keeps in memory what assembly changes in an array.
+inline V dot_bytes(V acc, V numbers, V entries) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(numbers), "v"(entries));
+  return acc;
+}
+inline V dot_words(V acc, V a, V b) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
+  return acc;
+}
+
+// 256 bytes.
+struct Table {
+  V a, b, c, d;
+
+  explicit Table(const uint8_t* p) : a(load_v(p)), b(load_v(p + 64)), c(load_v(p + 128)), d(load_v(p + 192)) {}
+
+  [[gnu::always_inline]] V operator()(V code, __mmask64 upper) const {
+    V low = code, high = code;
+    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(a), "v"(b));
+    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(c), "v"(d));
+    return _mm512_mask_blend_epi8(upper, low, high);
+  }
+};
+
+// Where the codes of some pages are, 64 tokens at a time: of group g at from[v] + g * page_size.
+struct Codes {
+  const uint8_t* from[kTileVectors];
+  const uint8_t* next[kTileVectors];  // of the pages that come after these
+  int page_size, vectors;
+};
+
+// Codes of less than 8 bits as bytes, in the same order.
+inline void widen_codes(const CodePart& part, const uint8_t* data, uint8_t* out) {
+  int32_t codes[kColumns];
+  for (int g = 0; g < part.groups(); ++g) {
+    unpack_codes(part, data, g, codes);
+    for (int t = 0; t < part.page_size; ++t) *out++ = uint8_t(codes[t]);
+  }
+}
+
+// Words in the order that unpacking bytes leaves, as float32 in the order of tokens.
+inline void put_words(V low, V high, float unit, float offset, float* out) {
+  const V first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const V tokens[2] = {_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, second, high)};
+  for (int i = 0; i < 4; ++i) {
+    const __m256i half = i % 2 ? _mm512_extracti64x4_epi64(tokens[i / 2], 1) : _mm512_castsi512_si256(tokens[i / 2]);
+    const F x{_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(half))};
+    store(out + i * kLanes, fma(x, set(unit), set(offset)));
+  }
+}
+
+// --- keys as attention meets them -----------------------------------------------------------------
+
+// The tables of a query row: bytes [groups][256], and [groups][256] more for the low parts.
+struct RowTables {
+  float unit, offset, sum;  // a score is unit * sum of entries + offset; sum: of the query itself
+  bool is_wide;
+  uint8_t* bytes;
+};
+
+inline void tabulate_row(const Side& side, int head, const float* x, float* room, RowTables& row) {
+  const Tables tables(side, TableKind::keys, head);
+  const int channels = side.codes.channels, groups = side.codes.groups();
+  float lows[kColumns], total = 0, widest = 0, error = 0;
+  row.offset = row.sum = 0;
+  for (int g = 0; g < groups; ++g) {
+    F low = set(FLT_MAX), high = set(-FLT_MAX);
+    float* products = room + g * kEntries;
+    for (int e = 0; e < kEntries; e += 4 * kLanes) {
+      F y[4] = {set(0), set(0), set(0), set(0)};
+      for (int c = g * channels; c < (g + 1) * channels; ++c) {
+        const F xc = set(x[c]);
+        const float* column = reinterpret_cast<const float*>(tables.of(c)) + e;
+        repeat<4>([&](auto i) { y[i] = fma(load(column + i * kLanes), xc, y[i]); });
+      }
+      repeat<4>([&](auto i) {
+        store(products + e + i * kLanes, y[i]);
+        low = min(low, y[i]), high = max(high, y[i]);
+      });
+    }
+    lows[g] = -max(set(0) - low);
+    const float range = max(high) - lows[g];
+    total += range, widest = std::max(widest, range), row.offset += lows[g];
+  }
+  for (int c = 0; c < side.width; ++c) error += x[c] * x[c] * tables.errors()[c], row.sum += x[c];
+  row.unit = widest / 255;
+  row.is_wide = float(groups) / 12 * row.unit * row.unit > kLookupShare * kLookupShare * error;
+  if (row.is_wide) row.unit = total / 65000;  // room for each entry's rounding
+  const F inverse = set(row.unit > 1e-30f ? 1 / row.unit : 0);
+  for (int g = 0; g < groups; ++g) {
+    for (int e = 0; e < kEntries; e += kLanes) {
+      const I y = to_int((load(room + g * kEntries + e) - set(lows[g])) * inverse);
+      uint8_t* to = row.bytes + (row.is_wide ? 2 : 1) * g * kEntries + e;
+      const V high = row.is_wide ? _mm512_srli_epi32(y.v, 8) : y.v;
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+      if (row.is_wide) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kEntries), _mm512_cvtepi32_epi8(y.v));
+    }
+  }
+}
+
+// Scores of N vectors of tokens from vector `first` on.
+template <int N, bool kWide, bool kPrefetch>
+[[gnu::noinline]] void scan_keys(const Codes& codes, int groups, const RowTables& row, int first, float* scores) {
+  V low[N], high[N];
+  repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
+  const V bytes = _mm512_set1_epi16(255);
+  const uint8_t* table = row.bytes;
+  for (int g = 0; g < groups; ++g, table += (kWide ? 2 : 1) * kEntries) {
+    const Table of_high(table), of_low(table + (kWide ? kEntries : 0));
+    const size_t at = size_t(g) * codes.page_size;
+    repeat<N>([&](auto v) __attribute__((always_inline)) {
+      const V code = load_v(codes.from[first + v] + at);
+      if constexpr (kPrefetch) prefetch(codes.next[first + v] + at);
+      const __mmask64 upper = _mm512_movepi8_mask(code);
+      const V h = of_high(code, upper);
+      if constexpr (kWide) {
+        const V l = of_low(code, upper);
+        low[v] = _mm512_add_epi16(low[v], _mm512_unpacklo_epi8(l, h));
+        high[v] = _mm512_add_epi16(high[v], _mm512_unpackhi_epi8(l, h));
+      } else {
+        low[v] = _mm512_add_epi16(low[v], _mm512_and_si512(h, bytes));
+        high[v] = _mm512_add_epi16(high[v], _mm512_srli_epi16(h, 8));
+      }
+    });
+  }
+  repeat<N>([&](auto v) {
+    float* out = scores + (first + v) * kVector;
+    if constexpr (kWide) put_words(low[v], high[v], row.unit, row.offset, out);
+    else put_words(_mm512_unpacklo_epi16(low[v], high[v]), _mm512_unpackhi_epi16(low[v], high[v]), row.unit, row.offset, out);
+  });
+}
+
+template <bool kWide, bool kPrefetch>
+inline void scan_row(const Codes& codes, int groups, const RowTables& row, float* scores) {
+  int v = 0;
+  for (; v + 8 <= codes.vectors; v += 8) scan_keys<8, kWide, kPrefetch>(codes, groups, row, v, scores);
+  for (; v + 2 <= codes.vectors; v += 2) scan_keys<2, kWide, kPrefetch>(codes, groups, row, v, scores);
+  for (; v < codes.vectors; ++v) scan_keys<1, kWide, kPrefetch>(codes, groups, row, v, scores);
+}
+
+inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, float* scores) {
+  for (int i = 0; i < count; ++i) {
+    float* to = scores + i * kTile;
+    if (i == 0) rows[i].is_wide ? scan_row<true, true>(codes, groups, rows[i], to) : scan_row<false, true>(codes, groups, rows[i], to);
+    else rows[i].is_wide ? scan_row<true, false>(codes, groups, rows[i], to) : scan_row<false, false>(codes, groups, rows[i], to);
+  }
+}
+
+// --- keys before the rotary embedding -------------------------------------------------------------
+
+// Cosines and sines of places in a page times 2^15, as 16-bit words in the order that unpacking bytes leaves:
+// [pairs][vectors of 64 tokens][cos low, cos high, sin low, sin high][32].
+inline void turn_table(const Turns& turns, std::vector<int16_t>& out) {
+  out.resize(size_t(turns.pairs) * turns.page_size * 2);
+  for (int i = 0; i < turns.pairs; ++i) {
+    for (int t = 0; t < turns.page_size; ++t) {
+      const int lane = t % 64 / 16, place = t % 16;
+      int16_t* to = &out[(size_t(i) * turns.page_size + t / 64 * 64) * 2 + place / 8 * 32 + lane * 8 + place % 8];
+      const size_t at = size_t(t) * turns.pairs + i;
+      to[0] = int16_t(std::nearbyint(32767 * turns.cos[at])), to[64] = int16_t(std::nearbyint(32767 * turns.sin[at]));
+    }
+  }
+}
+
+// Channels i and i + pairs of a tile, turned: 16-bit words (a, b) of each token, [vectors][4][32].
+[[gnu::noinline]] inline void turn_pair(const Codes& codes, const Tables& tables, int channels, int pair, int pairs,
+                                        const int16_t* turns, bool prefetching, int16_t* out) {
+  const int a = pair, b = pair + pairs;
+  const Table ah(tables.of(a)), al(tables.of(a) + kEntries), bh(tables.of(b)), bl(tables.of(b) + kEntries);
+  const size_t at_a = size_t(a / channels) * codes.page_size, at_b = size_t(b / channels) * codes.page_size;
+  const int16_t* angles = turns + size_t(pair) * codes.page_size * 2;
+  const auto turned = [](V x, V y, V cos, V sin, V* to) {
+    const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
+    const V q = _mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin));
+    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(p, q)), _mm512_storeu_si512(to + 1, _mm512_unpackhi_epi16(p, q));
+  };
+  for (int v = 0; v < codes.vectors; ++v, out += 128) {
+    const V x = load_v(codes.from[v] + at_a), y = load_v(codes.from[v] + at_b);
+    if (prefetching) prefetch(codes.next[v] + at_a), prefetch(codes.next[v] + at_b);
+    const __mmask64 x_upper = _mm512_movepi8_mask(x), y_upper = _mm512_movepi8_mask(y);
+    const V xh = ah(x, x_upper), xl = al(x, x_upper), yh = bh(y, y_upper), yl = bl(y, y_upper);
+    const int16_t* angle = angles + v % (codes.page_size / kVector) * 128;
+    V* to = reinterpret_cast<V*>(out);
+    turned(_mm512_unpacklo_epi8(xl, xh), _mm512_unpacklo_epi8(yl, yh), load_v(angle), load_v(angle + 64), to);
+    turned(_mm512_unpackhi_epi8(xl, xh), _mm512_unpackhi_epi8(yl, yh), load_v(angle + 32), load_v(angle + 96), to + 2);
+  }
+}
+
+// Rows of a page's queries as words (a, b) of each pair, and what their sums are multiples of.
+struct TurnedQueries {
+  alignas(64) int32_t words[kRows][kColumns / 2];
+  float unit[kRows];
+};
+
+inline void round_turned(const float* x, int pairs, const float* units, TurnedQueries& q, int row) {
+  F total = set(0), top = set(0);
+  for (int i = 0; i < 2 * pairs; i += kLanes) {
+    const F y = abs(load(x + i) * load(units + i));
+    total = total + y, top = max(top, y);
+  }
+  // no sum of products may pass 2^31, keys being below 2^15
+  const float unit = std::max({sum(total) / 65000, max(top) / 32767, 1e-30f});
+  q.unit[row] = unit;
+  for (int i = 0; i < pairs; i += kLanes) {
+    const V a = to_int(load(x + i) * load(units + i) * set(1 / unit)).v;
+    const V b = to_int(load(x + pairs + i) * load(units + pairs + i) * set(1 / unit)).v;
+    store_int(q.words[row] + i, {_mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16))});
+  }
+}
+
+// sums[h][64 tokens] += words of the pairs times those of H queries.
+template <int H>
+inline void multiply_turned(const int16_t* words, int pairs, size_t stride, const int32_t (*q)[kColumns / 2], int32_t* sums) {
+  V acc[H][4];
+  repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+  for (int p = 0; p < pairs; ++p, words += stride) {
+    V key[4];
+    repeat<4>([&](auto i) { key[i] = load_v(words + i * 32); });
+    repeat<H>([&](auto h) {
+      const V number = _mm512_set1_epi32(q[h][p]);
+      repeat<4>([&](auto i) { acc[h][i] = dot_words(acc[h][i], key[i], number); });
+    });
+  }
+  repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
+}
+
+// Sums as words were unpacked: register i holds tokens 16 l + 8 (i / 2) + 4 (i % 2) + 0 ... 3 of lane l.
+inline void put_turned(const int32_t* sums, float unit, float* out) {
+  const V x[4] = {load_v(sums), load_v(sums + 16), load_v(sums + 32), load_v(sums + 48)};
+  // a 4 x 4 transposition of lanes
+  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  const V y[4] = {_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd), _mm512_shuffle_i32x4(r, t, 0x88),
+                  _mm512_shuffle_i32x4(r, t, 0xdd)};
+  for (int i = 0; i < 4; ++i) store(out + i * kLanes, to_float(I{y[i]}) * set(unit));
+}
+
+// --- values ---------------------------------------------------------------------------------------
+
+// Weights of a tile as bytes: of each query row one row of bytes, or two where one would be too coarse.
+struct ByteRows {
+  alignas(64) uint8_t bytes[2 * kRows][kTile];
+  float unit[2 * kRows];
+  int row[2 * kRows];
+  int count;
+};
+
+// Rounds weights of `tokens`; `spread` as in Tables. Returns their sum.
+inline float round_weights(const float* weights, int tokens, float spread, int row, ByteRows& out) {
+  F top = set(0), squares = set(0), total = set(0);
+  for (int t = 0; t < tokens; t += kLanes) {
+    const F w = load(weights + t);
+    top = max(top, w), squares = fma(w, w, squares), total = total + w;
+  }
+  const float largest = max(top), sum_of_squares = sum(squares);
+  if (!(largest > 1e-30f)) return 0;
+  const float rounding = largest * largest * float(tokens) / (12 * 255 * 255.0f);
+  const bool coarse = rounding * spread > kLookupShare * kLookupShare * sum_of_squares;
+  const int at = out.count;
+  out.count += 1 + coarse;
+  const F inverse = set((coarse ? 65280 : 255) / largest);
+  out.row[at] = row, out.unit[at] = largest / 255;
+  if (coarse) out.row[at + 1] = row, out.unit[at + 1] = largest / 65280;
+  for (int t = 0; t < tokens; t += kLanes) {
+    const V y = to_int(load(weights + t) * inverse).v;
+    __m128i* high = reinterpret_cast<__m128i*>(out.bytes[at] + t);
+    _mm_storeu_si128(high, _mm512_cvtepi32_epi8(coarse ? _mm512_srli_epi32(y, 8) : y));
+    if (coarse) _mm_storeu_si128(reinterpret_cast<__m128i*>(out.bytes[at + 1] + t), _mm512_cvtepi32_epi8(y));
+  }
+  return sum(total);
+}
+
+// The sums of sixteen registers.
+inline V sums_of_sixteen(const V* x) {
+  V t[8], u[4];
+  for (int i = 0; i < 8; ++i) {
+    t[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]));
+  }
+  for (int i = 0; i < 4; ++i) {
+    u[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+  }
+  const V v = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x88), _mm512_shuffle_i32x4(u[0], u[1], 0xdd));
+  const V w = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x88), _mm512_shuffle_i32x4(u[2], u[3], 0xdd));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(v, w, 0x88), _mm512_shuffle_i32x4(v, w, 0xdd));
+}
+
+// acc[c][h] = entries of C neighbouring channels times H rows of bytes.
+template <int C, int H, bool kPrefetch>
+[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const uint8_t* table, size_t at,
+                                                   const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+  const Table first(table), second(table + (C - 1) * 2 * kEntries);
+  V acc[C][H];
+  repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
+  for (int v = 0; v < codes.vectors; ++v) {
+    const V code = load_v(codes.from[v] + at);
+    if constexpr (kPrefetch) prefetch(codes.next[v] + at);
+    const __mmask64 upper = _mm512_movepi8_mask(code);
+    V entry[C];
+    entry[0] = first(code, upper);
+    if constexpr (C > 1) entry[1] = second(code, upper);
+    repeat<H>([&](auto h) {
+      const V weight = load_v(bytes[h] + v * kVector);
+      repeat<C>([&](auto c) { acc[c][h] = dot_bytes(acc[c][h], weight, entry[c]); });
+    });
+  }
+  repeat<C>([&](auto c) { repeat<H>([&](auto h) { out[h][c] = acc[c][h]; }); });
+}
+
+// Sums of H rows of bytes over all channels into out[row of the bytes]; `part` 1 for the entries' low parts.
+template <int H>
+[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
+                                   int part, float* out, int stride) {
+  V acc[H][kLanes];
+  for (int c = 0; c < tables.width; c += kLanes) {
+    for (int i = 0; i < kLanes;) {
+      const int group = (c + i) / channels;
+      const uint8_t* table = tables.of(c + i) + part * kEntries;
+      const size_t at = size_t(group) * codes.page_size;
+      V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
+      const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
+      const bool begins = (c + i) % channels == 0 && row == 0 && part == 0;
+      if (two && begins) multiply_values<2, H, true>(codes, table, at, rows.bytes + row, to);
+      else if (two) multiply_values<2, H, false>(codes, table, at, rows.bytes + row, to);
+      else multiply_values<1, H, true>(codes, table, at, rows.bytes + row, to);
+      i += 1 + two;
+    }
+    for (int h = 0; h < H; ++h) {
+      float* sums = out + rows.row[row + h] * stride + c;
+      const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
+      store(sums, fma(to_float(I{sums_of_sixteen(acc[h])}), unit, load(sums)));
+    }
+  }
+}
+
+inline void add_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, float* out, int stride) {
+  for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
+    int row = 0;
+    for (; row + 4 <= rows.count; row += 4) scan_values<4>(codes, tables, channels, rows, row, part, out, stride);
+    if (row + 2 <= rows.count) { scan_values<2>(codes, tables, channels, rows, row, part, out, stride); row += 2; }
+    if (row < rows.count) scan_values<1>(codes, tables, channels, rows, row, part, out, stride);
+  }
+}
+
+}  // namespace bitkv::BITKV_ISA

@@ -1,0 +1,176 @@
+// Pages of indices into a codebook, many at a time: see lookup.h.
+//
+// No include guard: attend.h includes this where bytes can be looked up.
+
+namespace bitkv::BITKV_ISA {
+
+// What a thread keeps for an item or a tile of it.
+struct LookupScratch {
+  std::vector<uint8_t> row_bytes, wide[2];  // tables of query rows; codes of keys and of values as bytes
+  std::vector<float> products;
+  RowTables rows[kRows];
+  std::vector<int16_t> turned;
+  alignas(64) int32_t sums[kRows][kTile];
+  TurnedQueries queries[kTileTokens / 64];  // of each page
+  ByteRows weights;
+};
+
+inline LookupScratch& lookup_scratch() {
+  static thread_local std::unique_ptr<LookupScratch> scratch;
+  if (!scratch) scratch = std::make_unique<LookupScratch>();
+  return *scratch;
+}
+
+// Consecutive pages of a sequence.
+struct Tile {
+  const uint8_t* page[kTileTokens / 64];
+  ptrdiff_t ahead[kTileTokens / 64];  // to the pages that come after these
+  int pages, page_size, head;
+  int64_t first;  // token
+
+  int tokens() const { return pages * page_size; }
+};
+
+inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScratch& s) {
+  const size_t size = size_t(key.codes.groups()) * 2 * kEntries;
+  s.row_bytes.resize(size * q.rows), s.products.resize(size);
+  for (int i = 0; i < q.rows; ++i) {
+    s.rows[i].bytes = s.row_bytes.data() + i * size;
+    tabulate_row(key, head, q.page_x + i * key.width, s.products.data(), s.rows[i]);
+  }
+}
+
+// Where a tile's codes are, `offset` bytes into its pages.
+inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, std::vector<uint8_t>& wide) {
+  const int per_page = tile.page_size / kVector;
+  const size_t bytes = size_t(part.groups()) * tile.page_size;
+  Codes codes;
+  codes.page_size = tile.page_size, codes.vectors = tile.pages * per_page;
+  if (part.bits < 8) wide.resize(bytes * tile.pages);
+  for (int p = 0; p < tile.pages; ++p) {
+    const uint8_t* data = tile.page[p] + offset;
+    if (part.bits < 8) widen_codes(part, data, wide.data() + p * bytes);
+    for (int v = 0; v < per_page; ++v) {
+      codes.from[p * per_page + v] = (part.bits < 8 ? wide.data() + p * bytes : data) + v * kVector;
+      codes.next[p * per_page + v] = data + tile.ahead[p] + v * kVector;
+    }
+  }
+  return codes;
+}
+
+// Scores of keys before the rotary embedding; `angle` is that of the first page, and goes on.
+inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle,
+                         Scratch& s, LookupScratch& l) {
+  const Side& key = r.key;
+  const Tables tables(key, TableKind::turned_keys, tile.head);
+  for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
+    for (int i = 0; i < q.rows; ++i) {
+      angle.turn_back(q.x + i * r.head_dim, key.pairs, r.head_dim, key.factor, s.mapped[0]);
+      round_turned(s.mapped[0], key.pairs, tables.units(), l.queries[p], i);
+    }
+  }
+  const Codes codes = codes_of(tile, key.codes, 0, l.wide[0]);
+  const int per_page = tile.page_size / kVector;
+  const size_t stride = size_t(codes.vectors) * 128;
+  l.turned.resize(kPairs * stride);
+  for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
+  for (int pair = 0; pair < key.pairs; pair += kPairs) {
+    const int count = std::min(kPairs, key.pairs - pair);
+    for (int i = 0; i < count; ++i) {
+      turn_pair(codes, tables, key.codes.channels, pair + i, key.pairs, plan.turn_words,
+                (pair + i) % key.codes.channels == 0, l.turned.data() + i * stride);
+    }
+    for (int v = 0; v < codes.vectors; ++v) {
+      const TurnedQueries& queries = l.queries[v / per_page];
+      by_four_rows(q.rows, [&](int row, auto h) {
+        const auto* words = reinterpret_cast<const int32_t(*)[kColumns / 2]>(&queries.words[row][pair]);
+        multiply_turned<h()>(l.turned.data() + v * 128, count, stride, words, l.sums[row] + v * kVector);
+      });
+    }
+  }
+  for (int i = 0; i < q.rows; ++i) {
+    for (int v = 0; v < codes.vectors; ++v) {
+      put_turned(l.sums[i] + v * kVector, l.queries[v / per_page].unit[i], s.scores[i] + v * kVector);
+    }
+  }
+}
+
+// Scores become those of keys that have scales of their own; sums: of the query rows.
+inline void scale_scores(const CodePart& part, const uint8_t* data, int rows, const float* sums, float* scores) {
+  for (int t = 0; part.scales && t < part.page_size; t += kLanes) {
+    const F scale = load_half(part.scale(data) + t), zero = part.scales == 2 ? load_half(part.zero_point(data) + t) : set(0);
+    for (int i = 0; i < rows; ++i) {
+      float* at = scores + i * kTile + t;
+      store(at, fma(load(at), scale, zero * set(sums[i])));
+    }
+  }
+}
+
+inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
+                       LookupScratch& l) {
+  const Side& key = r.key;
+  if (!plan.looks_up_keys) {
+    for (int p = 0; p < tile.pages; ++p) {
+      score_page(r, plan, q, tile.page[p], tile.head, angle, tile.ahead[p], s.scores[0] + p * tile.page_size, s);
+      if (plan.turns) angle.next_page(*plan.turns);
+    }
+    return;
+  }
+  float sums[kRows];
+  if (key.inv_freq) {
+    score_turned(r, plan, q, tile, angle, s, l);
+  } else {
+    score_codes(codes_of(tile, key.codes, 0, l.wide[0]), key.codes.groups(), l.rows, q.rows, s.scores[0]);
+    for (int i = 0; i < q.rows; ++i) sums[i] = l.rows[i].sum;
+  }
+  for (int p = 0; p < tile.pages; ++p) {
+    scale_scores(key.codes, tile.page[p], q.rows, sums, s.scores[0] + p * tile.page_size);
+  }
+}
+
+// Weights times scales of values that have them, and what zero points add to all channels.
+inline void scale_weights(const CodePart& part, const Queries& q, const Tile& tile, size_t offset, int width, Scratch& s) {
+  if (!part.scales) return;
+  for (int i = 0; i < q.rows; ++i) {
+    F zeros = set(0);
+    for (int p = 0; p < tile.pages; ++p) {
+      const uint8_t* data = tile.page[p] + offset;
+      float* weights = s.weights[i] + p * tile.page_size;
+      for (int t = 0; t < tile.page_size; t += kLanes) {
+        const F weight = load(weights + t);
+        if (part.scales == 2) zeros = fma(weight, load_half(part.zero_point(data) + t), zeros);
+        store(weights + t, weight * load_half(part.scale(data) + t));
+      }
+    }
+    const F zero = set(sum(zeros));
+    for (int c = 0; c < width; c += kLanes) store(q.softmax[i].out + c, load(q.softmax[i].out + c) + zero);
+  }
+}
+
+inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile& tile, Scratch& s, LookupScratch& l) {
+  const Side& value = r.value;
+  const Tables tables(value, TableKind::values, tile.head);
+  scale_weights(value.codes, q, tile, r.key.nbytes(), value.width, s);
+  l.weights.count = 0;
+  for (int i = 0; i < q.rows; ++i) {
+    const F total = set(round_weights(s.weights[i], tile.tokens(), tables.spread(), i, l.weights));
+    float* out = q.softmax[i].out;
+    for (int c = 0; c < value.width; c += kLanes) store(out + c, fma(total, load(tables.middles() + c), load(out + c)));
+  }
+  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.wide[1]);
+  add_values(codes, tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
+}
+
+// A tile of pages; of one page where values are not looked up.
+inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
+                        LookupScratch& l) {
+  if (!sees_any(r, q, tile.first, tile.tokens())) {
+    for (int p = 0; plan.turns && p < tile.pages; ++p) angle.next_page(*plan.turns);
+    return;
+  }
+  score_tile(r, plan, q, tile, angle, s, l);
+  if (!plan.looks_up_values) return add_page(r, plan, q, tile.page[0], tile.head, tile.first, tile.ahead[0], s);
+  if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, s)) add_tile_values(r, q, tile, s, l);
+}
+
+}  // namespace bitkv::BITKV_ISA
