@@ -38,7 +38,7 @@ RECALL: dict[str, RecallTask] = {
     ),
     "needle_similar": RecallTask(
         lambda rng, text, n, count, keys, depth: tasks.needle_similar(rng, text, keys, n, count, depth),
-        keys=32,
+        keys=16,
         has_depth=True,
     ),
     "key_value_recall": RecallTask(

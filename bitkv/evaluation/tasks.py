@@ -93,7 +93,8 @@ def similar_keys(rng: random.Random, count: int) -> list[str]:
     """``count`` different keys of two words, in families that have the first word in common."""
     size = max(2, math.isqrt(count))
     families = rng.sample(KEYS, -(-count // size))
-    keys = [f"{name} {word}" for name in families for word in rng.sample(KEYS, size)]
+    others = [key for key in KEYS if key not in families]
+    keys = [f"{name} {word}" for name in families for word in rng.sample(others, size)]
     rng.shuffle(keys)
     return keys[:count]
 
@@ -274,7 +275,7 @@ def table_copy(
     count_tokens: CountTokens,
 ) -> Retelling:
     """A table of ``num_keys`` pairs, then ``filler``; the table is to be told again, line by line."""
-    keys, values = rng.sample(KEYS, num_keys), similar_values(rng, num_keys)
+    keys, values = rng.sample(KEYS, num_keys), random_values(rng, num_keys, distinct_starts=False)
     told = [pair_line(key, value) + "\n" for key, value in zip(keys, values, strict=True)]
     table = "".join(told)
     lines = _filler_lines(rng, filler, max(0, target_tokens - 2 * count_tokens(table) - 2), count_tokens)
