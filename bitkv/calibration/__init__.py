@@ -1,7 +1,9 @@
 """Fitting a recipe to a model: what its codecs have to learn from text before they are of use."""
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from bitkv.recipe import Calibration, Recipe
 from bitkv.recipe.file import as_recipe, read, write
 from bitkv.rope import Rope
 
-__all__ = ["TooLittleText", "calibrate", "read", "write"]
+__all__ = ["Reading", "TooLittleText", "calibrate", "read", "write"]
 
 _EVERY = 2**62
 _ENOUGH = 32  # tokens a centroid: CQ's own 16 texts of 2,048 tokens for 1,024 centroids
@@ -30,30 +32,47 @@ class TooLittleText(UserWarning):
     """A codebook has so many centroids that it would learn the calibration text by heart."""
 
 
-def calibrate(
-    model: Any,
-    tokenizer: Any,
-    recipe: Recipe | str,
-    text: str,
-    *,
-    tokens: int = 32768,
-    window: int = 2048,
-    seed: int = 0,
-    name: str = "text",
-    memory: int = 2**31,
-    partial: Path | None = None,
-    advance: Callable[[float], object] = lambda share: None,
-) -> Recipe:
-    """The recipe with codecs that have learned from a text what they need of this model.
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How calibration text is read.
 
     Args:
-        model, tokenizer: a Transformers causal language model and its tokenizer. In float32 gradients
-            are finer.
         text: what the model was or might have been trained on; not what it will be measured on.
         tokens, window: how much of it, in windows of so many tokens drawn at random.
         seed: of windows and centroids. The same arguments give the same recipe.
         name: of the text, kept in the recipe.
         memory: bytes that gathered tensors may take; with less, layers are gathered in several passes.
+    """
+
+    text: str
+    tokens: int = 32768
+    window: int = 2048
+    seed: int = 0
+    name: str = "text"
+    memory: int = 2**31
+
+    @property
+    def source(self) -> str:
+        """In words."""
+        return f"{self.tokens} tokens of {self.name} in windows of {self.window}, seed {self.seed}"
+
+
+def calibrate(
+    model: Any,
+    tokenizer: Any,
+    recipes: Sequence[Recipe | str],
+    reading: Reading,
+    *,
+    partial: Path | None = None,
+    advance: Callable[[float], object] = lambda share: None,
+) -> list[Recipe]:
+    """Recipes with codecs that have learned from a text what they need of this model.
+
+    Args:
+        model, tokenizer: a Transformers causal language model and its tokenizer. In float32 gradients
+            are finer.
+        recipes: recipes or their texts; the model reads the text once for all of them.
+        reading: the text.
         partial: a folder for layers that are done. Called again with the same arguments, `calibrate`
             goes on from there, and removes it in the end.
         advance: called with the share of the work that has been done since the last call.
@@ -61,34 +80,53 @@ def calibrate(
     Raises:
         ValueError: the text is too short, or a codec cannot serve this model.
     """
-    recipe = as_recipe(recipe)
+    made = [as_recipe(recipe) for recipe in recipes]
     decoder = decoder_config(model.config)
     num_layers = decoder.num_hidden_layers
-    recipe.check_layers(num_layers)
-    windows = _draw(tokenizer, text, tokens=tokens, window=window, seed=seed)
-    _check_size(recipe, num_layers, windows.numel())
-    source = f"{windows.numel()} tokens of {name} in windows of {window}, seed {seed}"
+    windows = _draw(tokenizer, reading)
+    for recipe in made:
+        recipe.check_layers(num_layers)
+        _check_size(recipe, num_layers, windows.numel())
     model_print = fingerprint(model.config)
-    done = Partial(partial, recipe, f"{model_print} {source} {digest_of({'ids': windows})}")
-    todo = [i for i in range(num_layers) if i not in done and any(c.learns for c in recipe.codecs(i))]
+    origin = f"{model_print} {reading.source} {digest_of({'ids': windows})}"
+    done = [
+        Partial(None if partial is None else partial / str(i), recipe, origin)
+        for i, recipe in enumerate(made)
+    ]
+    todo = [i for i in range(num_layers) if any(_is_open(*x, i) for x in zip(made, done, strict=True))]
     rope = rope_of(decoder)
-    for layers in _passes(todo, decoder, windows.numel(), memory):
+    skip = max((recipe.num_sink_tokens for recipe in made), default=0)
+    for layers in _passes(todo, decoder, windows.numel(), reading.memory):
         step = 0.5 * len(layers) / max(len(todo), 1)
-
-        def gathered_one(share: float = step / len(windows)) -> None:
-            advance(share)
-
-        found = gather(model, windows, layers, skip=recipe.num_sink_tokens, advance=gathered_one)
+        found = gather(model, windows, layers, skip=skip, advance=_by(advance, step / len(windows)))
         for layer in layers:
-            pair = recipe.codecs(layer)
-            if layer in found:
-                pair = _fit(pair, found.pop(layer), rope, seed)
-            done.add(layer, pair)
+            for recipe, finished in zip(made, done, strict=True):
+                if _is_open(recipe, finished, layer):
+                    pair = recipe.codecs(layer)
+                    fitted = _fit(pair, found[layer], rope, reading.seed) if layer in found else pair
+                    finished.add(layer, fitted)
+            found.pop(layer, None)
             advance(step / len(layers))
-    codecs = tuple(done.codecs(i) if i in done else recipe.codecs(i) for i in range(num_layers))
-    done.remove()
+    if partial is not None:
+        shutil.rmtree(partial)
     weights = weights_digest(model, 0)
-    return recipe.calibrated(Calibration(codecs, model_print, weights, source))
+    calibrations = (
+        Calibration(
+            tuple(x.codecs(i) if i in x else recipe.codecs(i) for i in range(num_layers)),
+            *(model_print, weights, reading.source),
+        )
+        for recipe, x in zip(made, done, strict=True)
+    )
+    return [x.calibrated(y) for x, y in zip(made, calibrations, strict=True)]
+
+
+def _is_open(recipe: Recipe, done: Partial, layer_idx: int) -> bool:
+    """Whether a layer has something to learn and has not yet."""
+    return layer_idx not in done and any(codec.learns for codec in recipe.codecs(layer_idx))
+
+
+def _by(advance: Callable[[float], object], share: float) -> Callable[[], object]:
+    return lambda: advance(share)
 
 
 def _fit(pair: tuple[Codec, Codec], x: Gathered, rope: Rope | None, seed: int) -> tuple[Codec, Codec]:
@@ -100,16 +138,16 @@ def _fit(pair: tuple[Codec, Codec], x: Gathered, rope: Rope | None, seed: int) -
     )
 
 
-def _draw(tokenizer: Any, text: str, *, tokens: int, window: int, seed: int) -> Tensor:
+def _draw(tokenizer: Any, reading: Reading) -> Tensor:
     """Ids `[n, window]` of windows of the text, drawn without repetition."""
-    count = max(1, tokens // window)
-    ids = cut(tokenizer, text, tokens=_EVERY, window=window).ids
+    count = max(1, reading.tokens // reading.window)
+    ids = cut(tokenizer, reading.text, tokens=_EVERY, window=reading.window).ids
     if len(ids) < count:
         raise ValueError(
-            f"the calibration text has {ids.numel()} tokens in windows of {window}, and {tokens} were "
-            "asked for; pass a longer text or fewer tokens"
+            f"the calibration text has {ids.numel()} tokens in windows of {reading.window}, and "
+            f"{reading.tokens} were asked for; pass a longer text or fewer tokens"
         )
-    draw = torch.Generator().manual_seed(seed)
+    draw = torch.Generator().manual_seed(reading.seed)
     return ids[torch.randperm(len(ids), generator=draw)[:count].sort().values]
 
 

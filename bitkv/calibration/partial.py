@@ -1,6 +1,5 @@
 """Layers that a calibration has finished, so that it can be taken up again."""
 
-import shutil
 from pathlib import Path
 
 from safetensors.torch import save_file
@@ -52,8 +51,3 @@ class Partial:
             }
             with replacing(self.folder / f"{layer_idx}.safetensors") as temporary:
                 save_file(tensors, temporary, {"origin": self.origin, "digest": digest_of(tensors)})
-
-    def remove(self) -> None:
-        """All is done, and was put together."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder)

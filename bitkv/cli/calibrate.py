@@ -3,6 +3,7 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ from bitkv.files import check_writable
 from bitkv.generation.request import DTYPES
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from bitkv.recipe import Recipe
 
 SUMMARY = "fit a recipe to a model: learn its codebooks, transforms and scales"
@@ -86,37 +89,46 @@ def run(args: argparse.Namespace) -> None:
     checkpoint.load_config(location)
     tokenizer = checkpoint.load_tokenizer(location)
     model = checkpoint.load_model(location, args.dtype, args.device)
-    fitted = calibrated(
-        model,
-        tokenizer,
-        recipe,
-        text,
-        name=name,
-        tokens=args.calibration_tokens,
-        seed=args.seed,
-        memory=args.memory * 2**30,
-        partial=args.output.with_suffix(".partial"),
-    )
+    partial = args.output.with_suffix(".partial")
+    with progress_display() as display:
+        fitted, *_ = calibrated(
+            model, tokenizer, [recipe], args, text, name, display=display, partial=partial
+        )
     write(fitted, args.output)
     assert fitted.calibration is not None
     print(f"{args.output}: {recipe}, {fitted.calibration.source}")
     print(f"{fitted.calibration.nbytes / 1e6:.2f} MB beside the pages")
 
 
-def calibrated(model: Any, tokenizer: Any, recipe: "Recipe", text: str, **options: Any) -> "Recipe":
-    """`calibration.calibrate` with a progress bar and its warnings as lines."""
-    from bitkv.calibration import TooLittleText, calibrate
+def calibrated(
+    model: Any,
+    tokenizer: Any,
+    recipes: "Sequence[Recipe]",
+    args: argparse.Namespace,
+    text: str,
+    name: str,
+    *,
+    display: "Progress",
+    partial: Path | None = None,
+) -> "list[Recipe]":
+    """`calibration.calibrate` with a bar, and with warnings as lines.
 
-    with progress_display() as progress, warnings.catch_warnings(record=True) as caught:
+    Args:
+        args: holds what `add_text_arguments` adds, and a seed.
+        text, name: of `read_calibration_text`.
+    """
+    from bitkv.calibration import Reading, TooLittleText, calibrate
+
+    memory = getattr(args, "memory", 2) * 2**30
+    options = {"tokens": args.calibration_tokens, "seed": args.seed, "memory": memory}
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TooLittleText)
-        task = progress.add_task(f"calibrating {recipe}"[:60], total=1.0)
+        bar = display.add_task("calibrating", total=1.0)
+        reading = Reading(text=text, name=name, **options)
         fitted = calibrate(
-            model,
-            tokenizer,
-            recipe,
-            text,
-            advance=lambda share: progress.advance(task, share),
-            **options,
+            *(model, tokenizer, recipes, reading),
+            partial=partial,
+            advance=lambda share: display.advance(bar, share),
         )
     for warning in caught:
         if issubclass(warning.category, TooLittleText):

@@ -1,16 +1,19 @@
 """`bitkv eval`: what a recipe costs in quality."""
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bitkv.cli import arguments
+from bitkv.cli.calibrate import add_text_arguments, calibrated, read_calibration_text
 from bitkv.cli.progress import progress_display
 from bitkv.files import check_writable
 from bitkv.generation.request import DTYPES
 
 if TYPE_CHECKING:
     from bitkv.evaluation import Options
+    from bitkv.recipe import Recipe
 
 SUMMARY = "measure what recipes cost in quality"
 DESCRIPTION = """Measure held-out perplexity with a quantized prefill, agreement with the stock cache,
@@ -86,6 +89,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stress", action="store_true", help="an equal model with outlier channels (name+stress)"
     )
+    for name, what in (("sinks", "first"), ("recent", "newest")):
+        parser.add_argument(
+            f"--{name}",
+            type=arguments.natural,
+            metavar="N",
+            help=f"{what} tokens in 16 bits, in all recipes",
+        )
+    add_text_arguments(parser)
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (its own)")
     parser.add_argument("--device", default="auto", help="such as cpu or cuda:0 (a GPU if there is one)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a file")
@@ -139,6 +150,8 @@ def _options(args: argparse.Namespace) -> "Options":
         depths=args.depths,
         steps=args.steps,
         stress=args.stress,
+        num_sink_tokens=args.sinks,
+        recent_tokens=args.recent,
     )
 
 
@@ -146,6 +159,8 @@ def run(args: argparse.Namespace) -> None:
     check_writable(args.json)
     recipes = [arguments.named_recipe(text) for text in args.recipe or _RECIPES]
     options = _options(args)
+    learns = any(arguments.recipe(text).learns for text in args.recipe or _RECIPES)
+    calibration = read_calibration_text(args) if learns else ("", "")
 
     from rich.console import Console
 
@@ -156,6 +171,10 @@ def run(args: argparse.Namespace) -> None:
     name = checkpoint.locate(args.model)
     checkpoint.load_config(name)
     tokenizer = checkpoint.load_tokenizer(name)
+
+    def fit(model: Any, recipes: "Sequence[Recipe]") -> "list[Recipe]":
+        return calibrated(model, tokenizer, recipes, args, *calibration, display=progress)
+
     with progress_display() as progress:
         rows = evaluation.run(
             checkpoint.load_model(name, args.dtype, args.device),
@@ -163,6 +182,7 @@ def run(args: argparse.Namespace) -> None:
             recipes,
             options,
             name=None if args.model else "bundled",
+            fit=fit if learns else None,
             progress=progress,
         )
     console = Console()

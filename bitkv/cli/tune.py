@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bitkv.cli import arguments
 from bitkv.cli.calibrate import add_text_arguments, calibrated, read_calibration_text
@@ -123,11 +123,10 @@ def _prepare(
     tokenizer = checkpoint.load_tokenizer(location)
     model = checkpoint.load_model(location, args.dtype, args.device)
     border = text.rfind("\n", 0, len(text) * 3 // 4) + 1
-    options: dict[str, Any] = {"tokens": args.calibration_tokens, "seed": args.seed, "name": name}
-    fitted = [
-        calibrated(model, tokenizer, recipe, text[:border], **options) if recipe.learns else recipe
-        for recipe in recipes
-    ]
+    fitted = recipes
+    if any(recipe.learns for recipe in recipes):
+        with progress_display() as display:
+            fitted = calibrated(model, tokenizer, recipes, args, text[:border], name, display=display)
     stock = Subject(model)
     for recipe in fitted:
         Subject(model, recipe, str(recipe)).check_context(args.window)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from bitkv import native
 
+_SEEDED = 4  # points an entry among which seeds are sought, one after the other
 _SCORES_AT_ONCE = 2**24  # float32 distances held together
 
 
@@ -25,7 +26,7 @@ def _nearest(x: Tensor, codebook: Tensor) -> Tensor:
 
 
 def kmeans(
-    x: Tensor, entries: int, *, weights: Tensor | None = None, seed: int = 0, rounds: int = 30
+    x: Tensor, entries: int, *, weights: Tensor | None = None, seed: int = 0, rounds: int = 20
 ) -> Tensor:
     """Centroids `[G, entries, c]` of least (weighted) squared distance to points `x` `[G, N, c]`.
 
@@ -70,8 +71,8 @@ def kmeans(
 
 def _seeds(x: Tensor, weights: Tensor, entries: int, draw: torch.Generator) -> Tensor:
     """Points of `x`, each drawn by its weighted squared distance to those before it."""
-    if x.shape[1] > 16 * entries:  # a sample serves as well
-        chosen = torch.multinomial(weights, 16 * entries, generator=draw)
+    if x.shape[1] > _SEEDED * entries:  # a sample serves as well
+        chosen = torch.multinomial(weights, _SEEDED * entries, generator=draw)
         x = x.gather(1, chosen.unsqueeze(-1).expand(-1, -1, x.shape[2]))
         weights = torch.ones_like(chosen, dtype=x.dtype)
     group = torch.arange(len(x), device=x.device)

@@ -111,8 +111,10 @@ class Spectral(Codec):
         place = _places(sizes).to(x.device)  # [W, D]: each coordinate at its place, zeros in between
         project, restore = place @ axes.project, axes.restore @ place.T
         points = in_groups((x.double() @ project.T).float()[None], _LONGEST_RUN)
+        points = points[..., : max(sizes)]  # behind these there are zeros
         weights = axes.weights.float().expand(len(points), -1)
         codebook = kmeans(points, 1 << _INDEX_BITS, weights=weights, seed=seed)
+        codebook = torch.nn.functional.pad(codebook, (0, _LONGEST_RUN - max(sizes)))
         return codebook, project.float(), restore.float()
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, get_args
 
@@ -32,6 +32,9 @@ from bitkv.recipe.file import as_recipe
 TASKS = ("perplexity", "agreement", "ood", "fidelity", "divergence", *RECALL, "table_copy")
 """Everything that `run` measures."""
 
+Fit = Callable[[Any, Sequence[Recipe]], Sequence[Recipe]]
+"""Calibrates recipes for a model."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -50,6 +53,7 @@ class Options:
             rows of each part follow.
         steps: tokens that the task `divergence` generates.
         stress: measure a variant of the model that has outlier channels, see `stressed`.
+        num_sink_tokens, recent_tokens: of all recipes alike; None leaves each its own.
         perplexity_protocol, agreement_protocol, recall_protocol: see `report.PROTOCOLS`.
 
     Raises:
@@ -69,6 +73,8 @@ class Options:
     depths: int = 1
     steps: int = 128
     stress: bool = False
+    num_sink_tokens: int | None = None
+    recent_tokens: int | None = None
     perplexity_protocol: Protocol = "packed"
     agreement_protocol: Protocol = "streamed"
     recall_protocol: RecallProtocol = "document first"
@@ -103,6 +109,7 @@ def run(
     options: Options,
     *,
     name: str | None = None,
+    fit: Fit | None = None,
     progress: Progress | None = None,
 ) -> list[Row]:
     """Measure what each recipe does to a model, beside the stock cache.
@@ -112,6 +119,7 @@ def run(
         recipes: recipes or their texts.
         options: what to measure.
         name: the model's name in the rows; by default the end of its path.
+        fit: calibrates recipes that learn for the model that is measured.
         progress: a display to add a bar a measurement to; nothing is shown without one.
 
     Returns:
@@ -124,7 +132,8 @@ def run(
     name = name or model_name(model)
     if options.stress:
         model, name = stressed(model), f"{name}+stress"
-    subjects = [Subject(model, as_recipe(r), str(r), name) for r in recipes]
+    made = _made(recipes, model, options, fit)
+    subjects = [Subject(model, r, str(text), name) for r, text in zip(made, recipes, strict=True)]
     bench = _Bench(Subject(model, model_name=name), subjects, tokenizer, options)
     jobs = bench.jobs()
     rows: list[Row] = []
@@ -132,6 +141,20 @@ def run(
         for job in jobs:
             rows += job.measure(advance=_bar(progress, job))
     return rows
+
+
+def _made(
+    recipes: Sequence[Recipe | str], model: Any, options: Options, fit: Fit | None
+) -> list[Recipe]:
+    """Recipes with the windows that all shall have, and with what they have to learn."""
+    windows = {name: getattr(options, name) for name in ("num_sink_tokens", "recent_tokens")}
+    changed: dict[str, Any] = {name: value for name, value in windows.items() if value is not None}
+    made = [replace(as_recipe(recipe), **changed) for recipe in recipes]
+    learners = [i for i, recipe in enumerate(made) if recipe.learns]
+    if fit is not None and learners:
+        for i, fitted in zip(learners, fit(model, [made[i] for i in learners]), strict=True):
+            made[i] = fitted
+    return made
 
 
 class _Job(NamedTuple):
