@@ -107,7 +107,9 @@ def tables(codebook: Tensor, width: int, inv_freq: Tensor | None, *, values: boo
     if codebook.shape[2] > _MOST_ENTRIES or (pairs and (2 * pairs != width or pairs % _LANES)):
         return None
     kind = 0 if values else 2 if pairs else 1
-    key = (isa(), codebook._version, width, kind)
+    # tensors made in inference mode count no versions, nor does anyone change a layer's codebook
+    version = 0 if codebook.is_inference() else codebook._version
+    key = (isa(), version, width, kind)
     known = _tables.setdefault(codebook, {})
     if key not in known:
         known[key] = _tabulate(codebook.float().contiguous(), width, kind, pairs)
