@@ -221,9 +221,12 @@ def test_keys_and_values_far_from_zero(bits, key, group):
     assert_rule(Case(q, k, v, layer_of(same_bits(bits, key, group), k, v, (1500,))))
 
 
-def aimed(layer: PagedLayer, heads: int, queries: int) -> Tensor:
-    """Queries that give half of their attention to one packed token each, the rest being diffuse."""
-    k = exact(layer)[0].repeat_interleave(heads // layer.hot_k.shape[1], 1)
+def aimed(layer: PagedLayer, heads: int, queries: int, k: Tensor | None = None) -> Tensor:
+    """Queries that give half of their attention to one packed token each, the rest being diffuse; `k` is
+    what the layer holds.
+    """
+    k = exact(layer)[0] if k is None else k
+    k = k.repeat_interleave(heads // layer.hot_k.shape[1], 1)
     tokens = layer.num_sink_tokens + torch.randint(
         int(layer.packed_len.min()), (*k.shape[:2], queries, 1)
     )

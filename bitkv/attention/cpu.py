@@ -181,11 +181,11 @@ def _refuse_part(part: PartFormat, shared: Shared) -> str | None:
         held = part.width
     else:
         return f"it got a {type(part).__name__}, and takes affine codes and codebooks"
-    if width != held or width % LANES or width > _LARGEST_HEAD_DIM:
-        return (
-            f"it got {held} numbers of a token for {width} that a linear map takes, and takes as many, "
-            f"a multiple of {LANES} up to {_LARGEST_HEAD_DIM}"
-        )
+    if width != held:
+        return f"it got a linear map of {width} numbers over pages of {held}, and takes as many of both"
+    if width % LANES or width > _LARGEST_HEAD_DIM:
+        limits = f"multiples of {LANES} up to {_LARGEST_HEAD_DIM}"
+        return f"it got {width} numbers of a token, and takes {limits}"
     return None
 
 

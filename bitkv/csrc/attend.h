@@ -344,9 +344,7 @@ inline void score_floats(const AttendRequest& r, const Plan& plan, const Queries
     }
     dim = r.head_dim;
     turn(y, dim, *plan.turns);
-    for (int i = 0; i < q.rows; ++i) {
-      angle.turn_back(q.x + i * dim, key.pairs, dim, key.factor, s.mapped[0] + i * dim);
-    }
+    angle.turn_back(q.x, q.rows, key.pairs, dim, key.factor, s.mapped[0]);
     x = s.mapped[0];
   }
   by_four_rows(q.rows, [&](int row, auto h) {

@@ -45,13 +45,23 @@ struct Angle {
       cos[i] = c * pc - s * ps, sin[i] = s * pc + c * ps;
     }
   }
-  // A query turned back to the page, times the factor of keys.
-  void turn_back(const float* x, int pairs, int dim, float factor, float* out) const {
-    for (int i = 0; i < pairs; ++i) {
-      const float c = float(cos[i]), s = float(sin[i]), a = x[i], b = x[pairs + i];
-      out[i] = factor * (a * c + b * s), out[pairs + i] = factor * (b * c - a * s);
+  // Rows of queries turned back to the page, times the factor of keys.
+  void turn_back(const float* x, int rows, int pairs, int dim, float factor, float* out) const {
+    float c[kColumns / 2], s[kColumns / 2];
+    for (int i = 0; i < pairs; ++i) c[i] = factor * float(cos[i]), s[i] = factor * float(sin[i]);
+    for (int row = 0; row < rows; ++row, x += dim, out += dim) {
+      int i = 0;
+      for (; i + kLanes <= pairs; i += kLanes) {
+        const F a = load(x + i), b = load(x + pairs + i), ci = load(c + i), si = load(s + i);
+        store(out + i, fma(a, ci, b * si));
+        store(out + pairs + i, b * ci - a * si);
+      }
+      for (; i < pairs; ++i) {
+        const float a = x[i], b = x[pairs + i];
+        out[i] = a * c[i] + b * s[i], out[pairs + i] = b * c[i] - a * s[i];
+      }
+      std::copy(x + 2 * pairs, x + dim, out + 2 * pairs);
     }
-    std::copy(x + 2 * pairs, x + dim, out + 2 * pairs);
   }
 };
 

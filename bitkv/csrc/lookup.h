@@ -16,7 +16,7 @@ using V = __m512i;
 constexpr int kEntries = 256;
 constexpr int kVector = 64;                      // tokens in a register of codes
 constexpr int kTileVectors = kTileTokens / kVector;
-constexpr int kPairs = 8;                        // of channels that are turned before they are multiplied
+constexpr int kPairs = 8, kTurned = 8;           // of channels, and vectors, that are turned, then multiplied
 constexpr float kLookupShare = 0.06f;            // of quantization's error that a rounding may add
 
 // --- tables of a codebook -------------------------------------------------------------------------
@@ -64,7 +64,9 @@ inline float cell_error(const float* x, int channels, int entries, std::vector<f
     room[e] = near;
   }
   std::nth_element(room.begin(), room.begin() + entries / 2, room.end());
-  return 0.036f * room[entries / 2];
+  // of the densest lattices with so many channels, whose cells are the smallest
+  const float cell = channels == 1 ? 0.083f : channels == 2 ? 0.069f : channels <= 4 ? 0.054f : 0.036f;
+  return cell * room[entries / 2];
 }
 
 inline void put_bytes(uint8_t* table, int e, int number, bool low_is_signed) {
@@ -149,8 +151,20 @@ struct Table {
 // Where the codes of some pages are, 64 tokens at a time: of group g at from[v] + g * page_size.
 struct Codes {
   const uint8_t* from[kTileVectors];
-  const uint8_t* next[kTileVectors];  // of the pages that come after these
   int page_size, vectors;
+};
+
+// The pages that come after a tile's, an equal share for each of its vectors: fetched bit by bit while values
+// are multiplied. All at once would have to wait for memory.
+struct Next {
+  const uint8_t* from[kTileVectors];
+  int step;  // bytes of a share for each pair of channels
+
+  [[gnu::always_inline]] void fetch(int vector, int pair) const {
+    const uint8_t* p = from[vector] + size_t(pair) * step;
+    prefetch(p);
+    for (int at = 64; at < step; at += 64) prefetch(p + at);
+  }
 };
 
 // Codes of less than 8 bits as bytes, in the same order.
@@ -222,8 +236,35 @@ inline void tabulate_row(const Side& side, int head, const float* x, float* room
   }
 }
 
-// Scores of N vectors of tokens from vector `first` on.
-template <int N, bool kWide, bool kPrefetch>
+// Scores of N vectors of tokens from vector `first` on, for two query rows in bytes.
+template <int N>
+[[gnu::noinline]] void scan_two_rows(const Codes& codes, int groups, const RowTables* rows, int first, float* scores) {
+  V even[2][N], odd[2][N];
+  repeat<2>([&](auto h) { repeat<N>([&](auto v) { even[h][v] = odd[h][v] = _mm512_setzero_si512(); }); });
+  const V bytes = _mm512_set1_epi16(255);
+  for (int g = 0; g < groups; ++g) {
+    const Table one(rows[0].bytes + g * kEntries), two(rows[1].bytes + g * kEntries);
+    const size_t at = size_t(g) * codes.page_size;
+    repeat<N>([&](auto v) __attribute__((always_inline)) {
+      const V code = load_v(codes.from[first + v] + at);
+      const __mmask64 upper = _mm512_movepi8_mask(code);
+      const V x = one(code, upper), y = two(code, upper);
+      even[0][v] = _mm512_add_epi16(even[0][v], _mm512_and_si512(x, bytes));
+      odd[0][v] = _mm512_add_epi16(odd[0][v], _mm512_srli_epi16(x, 8));
+      even[1][v] = _mm512_add_epi16(even[1][v], _mm512_and_si512(y, bytes));
+      odd[1][v] = _mm512_add_epi16(odd[1][v], _mm512_srli_epi16(y, 8));
+    });
+  }
+  repeat<2>([&](auto h) {
+    repeat<N>([&](auto v) {
+      put_words(_mm512_unpacklo_epi16(even[h][v], odd[h][v]), _mm512_unpackhi_epi16(even[h][v], odd[h][v]), rows[h].unit,
+                rows[h].offset, scores + h * kTile + (first + v) * kVector);
+    });
+  });
+}
+
+// The same for one row.
+template <int N, bool kWide>
 [[gnu::noinline]] void scan_keys(const Codes& codes, int groups, const RowTables& row, int first, float* scores) {
   V low[N], high[N];
   repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
@@ -234,7 +275,6 @@ template <int N, bool kWide, bool kPrefetch>
     const size_t at = size_t(g) * codes.page_size;
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const V code = load_v(codes.from[first + v] + at);
-      if constexpr (kPrefetch) prefetch(codes.next[first + v] + at);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const V h = of_high(code, upper);
       if constexpr (kWide) {
@@ -254,19 +294,26 @@ template <int N, bool kWide, bool kPrefetch>
   });
 }
 
-template <bool kWide, bool kPrefetch>
 inline void scan_row(const Codes& codes, int groups, const RowTables& row, float* scores) {
   int v = 0;
-  for (; v + 8 <= codes.vectors; v += 8) scan_keys<8, kWide, kPrefetch>(codes, groups, row, v, scores);
-  for (; v + 2 <= codes.vectors; v += 2) scan_keys<2, kWide, kPrefetch>(codes, groups, row, v, scores);
-  for (; v < codes.vectors; ++v) scan_keys<1, kWide, kPrefetch>(codes, groups, row, v, scores);
+  for (; v + 8 <= codes.vectors && row.is_wide; v += 8) scan_keys<8, true>(codes, groups, row, v, scores);
+  for (; v < codes.vectors && row.is_wide; ++v) scan_keys<1, true>(codes, groups, row, v, scores);
+  for (; v + 8 <= codes.vectors; v += 8) scan_keys<8, false>(codes, groups, row, v, scores);
+  for (; v < codes.vectors; ++v) scan_keys<1, false>(codes, groups, row, v, scores);
+}
+
+inline void scan_rows(const Codes& codes, int groups, const RowTables* rows, float* scores) {
+  int v = 0;
+  for (; v + 4 <= codes.vectors; v += 4) scan_two_rows<4>(codes, groups, rows, v, scores);
+  for (; v < codes.vectors; ++v) scan_two_rows<1>(codes, groups, rows, v, scores);
 }
 
 inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, float* scores) {
-  for (int i = 0; i < count; ++i) {
-    float* to = scores + i * kTile;
-    if (i == 0) rows[i].is_wide ? scan_row<true, true>(codes, groups, rows[i], to) : scan_row<false, true>(codes, groups, rows[i], to);
-    else rows[i].is_wide ? scan_row<true, false>(codes, groups, rows[i], to) : scan_row<false, false>(codes, groups, rows[i], to);
+  for (int i = 0; i < count;) {
+    const bool two = i + 1 < count && !rows[i].is_wide && !rows[i + 1].is_wide;
+    if (two) scan_rows(codes, groups, rows + i, scores + i * kTile);
+    else scan_row(codes, groups, rows[i], scores + i * kTile);
+    i += 1 + two;
   }
 }
 
@@ -286,11 +333,13 @@ inline void turn_table(const Turns& turns, std::vector<int16_t>& out) {
   }
 }
 
-// Channels i and i + pairs of a tile, turned: 16-bit words (a, b) of each token, [vectors][4][32].
-[[gnu::noinline]] inline void turn_pair(const Codes& codes, const Tables& tables, int channels, int pair, int pairs,
-                                        const int16_t* turns, bool prefetching, int16_t* out) {
+// Channels i and i + pairs of vectors [first, end), turned: 16-bit words (a, b) of each token, [vectors][4][32].
+template <bool kFine>
+[[gnu::noinline]] inline void turn_pair(const Codes& codes, const Tables& tables, int first, int end, int channels,
+                                        int pair, int pairs, const int16_t* turns, int16_t* out) {
   const int a = pair, b = pair + pairs;
-  const Table ah(tables.of(a)), al(tables.of(a) + kEntries), bh(tables.of(b)), bl(tables.of(b) + kEntries);
+  const Table ah(tables.of(a)), bh(tables.of(b));
+  const Table al(tables.of(a) + (kFine ? kEntries : 0)), bl(tables.of(b) + (kFine ? kEntries : 0));
   const size_t at_a = size_t(a / channels) * codes.page_size, at_b = size_t(b / channels) * codes.page_size;
   const int16_t* angles = turns + size_t(pair) * codes.page_size * 2;
   const auto turned = [](V x, V y, V cos, V sin, V* to) {
@@ -298,11 +347,12 @@ inline void turn_table(const Turns& turns, std::vector<int16_t>& out) {
     const V q = _mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin));
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(p, q)), _mm512_storeu_si512(to + 1, _mm512_unpackhi_epi16(p, q));
   };
-  for (int v = 0; v < codes.vectors; ++v, out += 128) {
+  for (int v = first; v < end; ++v, out += 128) {
     const V x = load_v(codes.from[v] + at_a), y = load_v(codes.from[v] + at_b);
-    if (prefetching) prefetch(codes.next[v] + at_a), prefetch(codes.next[v] + at_b);
     const __mmask64 x_upper = _mm512_movepi8_mask(x), y_upper = _mm512_movepi8_mask(y);
-    const V xh = ah(x, x_upper), xl = al(x, x_upper), yh = bh(y, y_upper), yl = bl(y, y_upper);
+    const V xh = ah(x, x_upper), yh = bh(y, y_upper);
+    V xl = _mm512_set1_epi8(char(128)), yl = xl;  // the middle of what the high part leaves open
+    if constexpr (kFine) xl = al(x, x_upper), yl = bl(y, y_upper);
     const int16_t* angle = angles + v % (codes.page_size / kVector) * 128;
     V* to = reinterpret_cast<V*>(out);
     turned(_mm512_unpacklo_epi8(xl, xh), _mm512_unpacklo_epi8(yl, yh), load_v(angle), load_v(angle + 64), to);
@@ -361,37 +411,55 @@ inline void put_turned(const int32_t* sums, float unit, float* out) {
 
 // --- values ---------------------------------------------------------------------------------------
 
-// Weights of a tile as bytes: of each query row one row of bytes, or two where one would be too coarse.
+// Weights of a tile as bytes: of each query row one row of bytes, then second terms of those where one would
+// be too coarse.
 struct ByteRows {
   alignas(64) uint8_t bytes[2 * kRows][kTile];
   float unit[2 * kRows];
   int row[2 * kRows];
-  int count;
+  int high, count;
 };
 
-// Rounds weights of `tokens`; `spread` as in Tables. Returns their sum.
-inline float round_weights(const float* weights, int tokens, float spread, int row, ByteRows& out) {
-  F top = set(0), squares = set(0), total = set(0);
-  for (int t = 0; t < tokens; t += kLanes) {
-    const F w = load(weights + t);
-    top = max(top, w), squares = fma(w, w, squares), total = total + w;
+// What a row's weights are rounded to.
+struct WeightUnit {
+  float largest, total;
+  bool is_coarse;
+
+  // `spread` as in Tables
+  WeightUnit(const float* weights, int tokens, float spread) {
+    F top = set(0), squares = set(0), sums = set(0);
+    for (int t = 0; t < tokens; t += kLanes) {
+      const F w = load(weights + t);
+      top = max(top, w), squares = fma(w, w, squares), sums = sums + w;
+    }
+    largest = max(top), total = sum(sums);
+    const float rounding = largest * largest * float(tokens) / (12 * 255 * 255.0f);
+    is_coarse = rounding * spread > kLookupShare * kLookupShare * sum(squares);
   }
-  const float largest = max(top), sum_of_squares = sum(squares);
-  if (!(largest > 1e-30f)) return 0;
-  const float rounding = largest * largest * float(tokens) / (12 * 255 * 255.0f);
-  const bool coarse = rounding * spread > kLookupShare * kLookupShare * sum_of_squares;
-  const int at = out.count;
-  out.count += 1 + coarse;
-  const F inverse = set((coarse ? 65280 : 255) / largest);
-  out.row[at] = row, out.unit[at] = largest / 255;
-  if (coarse) out.row[at + 1] = row, out.unit[at + 1] = largest / 65280;
+};
+
+// Bytes of a row of weights in steps of largest / steps, shifted right.
+inline void put_weights(const float* weights, int tokens, float largest, float steps, int shift, uint8_t* out) {
+  const F inverse = set(largest > 1e-30f ? steps / largest : 0);
   for (int t = 0; t < tokens; t += kLanes) {
-    const V y = to_int(load(weights + t) * inverse).v;
-    __m128i* high = reinterpret_cast<__m128i*>(out.bytes[at] + t);
-    _mm_storeu_si128(high, _mm512_cvtepi32_epi8(coarse ? _mm512_srli_epi32(y, 8) : y));
-    if (coarse) _mm_storeu_si128(reinterpret_cast<__m128i*>(out.bytes[at + 1] + t), _mm512_cvtepi32_epi8(y));
+    const V y = _mm512_srli_epi32(to_int(load(weights + t) * inverse).v, unsigned(shift));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + t), _mm512_cvtepi32_epi8(y));
   }
-  return sum(total);
+}
+
+// Weights [rows][kTile] as bytes, and their sums.
+inline void round_weights(const float* weights, int rows, int tokens, float spread, ByteRows& out, float* totals) {
+  out.high = out.count = rows;
+  for (int i = 0; i < rows; ++i) {
+    const float* from = weights + i * kTile;
+    const WeightUnit unit(from, tokens, spread);
+    totals[i] = unit.total;
+    out.row[i] = i, out.unit[i] = unit.largest / 255;
+    put_weights(from, tokens, unit.largest, unit.is_coarse ? 65280 : 255, unit.is_coarse ? 8 : 0, out.bytes[i]);
+    if (!unit.is_coarse) continue;
+    out.row[out.count] = i, out.unit[out.count] = unit.largest / 65280;
+    put_weights(from, tokens, unit.largest, 65280, 0, out.bytes[out.count++]);
+  }
 }
 
 // The sums of sixteen registers.
@@ -409,15 +477,15 @@ inline V sums_of_sixteen(const V* x) {
 }
 
 // acc[c][h] = entries of C neighbouring channels times H rows of bytes.
-template <int C, int H, bool kPrefetch>
-[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const uint8_t* table, size_t at,
-                                                   const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+template <int C, int H, bool kFetch>
+[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const Next& next, int pair, const uint8_t* table,
+                                                   size_t at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
   const Table first(table), second(table + (C - 1) * 2 * kEntries);
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
     const V code = load_v(codes.from[v] + at);
-    if constexpr (kPrefetch) prefetch(codes.next[v] + at);
+    if constexpr (kFetch) next.fetch(v, pair);
     const __mmask64 upper = _mm512_movepi8_mask(code);
     V entry[C];
     entry[0] = first(code, upper);
@@ -432,7 +500,7 @@ template <int C, int H, bool kPrefetch>
 
 // Sums of H rows of bytes over all channels into out[row of the bytes]; `part` 1 for the entries' low parts.
 template <int H>
-[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
+[[gnu::noinline]] void scan_values(const Codes& codes, const Next& next, const Tables& tables, int channels, const ByteRows& rows, int row,
                                    int part, float* out, int stride) {
   V acc[H][kLanes];
   for (int c = 0; c < tables.width; c += kLanes) {
@@ -442,10 +510,11 @@ template <int H>
       const size_t at = size_t(group) * codes.page_size;
       V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
       const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
-      const bool begins = (c + i) % channels == 0 && row == 0 && part == 0;
-      if (two && begins) multiply_values<2, H, true>(codes, table, at, rows.bytes + row, to);
-      else if (two) multiply_values<2, H, false>(codes, table, at, rows.bytes + row, to);
-      else multiply_values<1, H, true>(codes, table, at, rows.bytes + row, to);
+      const bool fetches = row == 0 && part == 0;
+      const int pair = (c + i) / 2;
+      if (two && fetches) multiply_values<2, H, true>(codes, next, pair, table, at, rows.bytes + row, to);
+      else if (two) multiply_values<2, H, false>(codes, next, pair, table, at, rows.bytes + row, to);
+      else multiply_values<1, H, true>(codes, next, pair, table, at, rows.bytes + row, to);
       i += 1 + two;
     }
     for (int h = 0; h < H; ++h) {
@@ -456,12 +525,14 @@ template <int H>
   }
 }
 
-inline void add_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, float* out, int stride) {
+inline void add_values(const Codes& codes, const Next& next, const Tables& tables, int channels, const ByteRows& rows,
+                       float* out, int stride) {
   for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
+    const int count = part ? rows.high : rows.count;  // low parts of both are too small to matter
     int row = 0;
-    for (; row + 4 <= rows.count; row += 4) scan_values<4>(codes, tables, channels, rows, row, part, out, stride);
-    if (row + 2 <= rows.count) { scan_values<2>(codes, tables, channels, rows, row, part, out, stride); row += 2; }
-    if (row < rows.count) scan_values<1>(codes, tables, channels, rows, row, part, out, stride);
+    for (; row + 4 <= count; row += 4) scan_values<4>(codes, next, tables, channels, rows, row, part, out, stride);
+    if (row + 2 <= count) { scan_values<2>(codes, next, tables, channels, rows, row, part, out, stride); row += 2; }
+    if (row < count) scan_values<1>(codes, next, tables, channels, rows, row, part, out, stride);
   }
 }
 

@@ -52,10 +52,19 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, std
     if (part.bits < 8) widen_codes(part, data, wide.data() + p * bytes);
     for (int v = 0; v < per_page; ++v) {
       codes.from[p * per_page + v] = (part.bits < 8 ? wide.data() + p * bytes : data) + v * kVector;
-      codes.next[p * per_page + v] = data + tile.ahead[p] + v * kVector;
     }
   }
   return codes;
+}
+
+inline Next next_of(const Tile& tile, size_t page_bytes, int width) {
+  const int per_page = tile.page_size / kVector, share = int(page_bytes) / per_page;
+  Next next;
+  next.step = (share + width / 2 - 1) / (width / 2);
+  for (int v = 0; v < tile.pages * per_page; ++v) {
+    next.from[v] = tile.page[v / per_page] + tile.ahead[v / per_page] + v % per_page * share;
+  }
+  return next;
 }
 
 // Scores of keys before the rotary embedding; `angle` is that of the first page, and goes on.
@@ -64,28 +73,31 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   const Side& key = r.key;
   const Tables tables(key, TableKind::turned_keys, tile.head);
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
+    angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, key.factor, s.mapped[0]);
     for (int i = 0; i < q.rows; ++i) {
-      angle.turn_back(q.x + i * r.head_dim, key.pairs, r.head_dim, key.factor, s.mapped[0]);
-      round_turned(s.mapped[0], key.pairs, tables.units(), l.queries[p], i);
+      round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
     }
   }
   const Codes codes = codes_of(tile, key.codes, 0, l.wide[0]);
   const int per_page = tile.page_size / kVector;
-  const size_t stride = size_t(codes.vectors) * 128;
-  l.turned.resize(kPairs * stride);
+  constexpr size_t kStride = kTurned * 128;
+  l.turned.resize(kPairs * kStride);
   for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
-  for (int pair = 0; pair < key.pairs; pair += kPairs) {
-    const int count = std::min(kPairs, key.pairs - pair);
-    for (int i = 0; i < count; ++i) {
-      turn_pair(codes, tables, key.codes.channels, pair + i, key.pairs, plan.turn_words,
-                (pair + i) % key.codes.channels == 0, l.turned.data() + i * stride);
-    }
-    for (int v = 0; v < codes.vectors; ++v) {
-      const TurnedQueries& queries = l.queries[v / per_page];
-      by_four_rows(q.rows, [&](int row, auto h) {
-        const auto* words = reinterpret_cast<const int32_t(*)[kColumns / 2]>(&queries.words[row][pair]);
-        multiply_turned<h()>(l.turned.data() + v * 128, count, stride, words, l.sums[row] + v * kVector);
-      });
+  for (int first = 0; first < codes.vectors; first += kTurned) {
+    const int end = std::min(codes.vectors, first + kTurned);
+    for (int pair = 0; pair < key.pairs; pair += kPairs) {
+      const int count = std::min(kPairs, key.pairs - pair);
+      for (int i = 0; i < count; ++i) {
+        const auto turn = tables.is_fine() ? turn_pair<true> : turn_pair<false>;
+        turn(codes, tables, first, end, key.codes.channels, pair + i, key.pairs, plan.turn_words, l.turned.data() + i * kStride);
+      }
+      for (int v = first; v < end; ++v) {
+        const TurnedQueries& queries = l.queries[v / per_page];
+        by_four_rows(q.rows, [&](int row, auto h) {
+          const auto* words = reinterpret_cast<const int32_t(*)[kColumns / 2]>(&queries.words[row][pair]);
+          multiply_turned<h()>(l.turned.data() + (v - first) * 128, count, kStride, words, l.sums[row] + v * kVector);
+        });
+      }
     }
   }
   for (int i = 0; i < q.rows; ++i) {
@@ -151,14 +163,16 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
   const Side& value = r.value;
   const Tables tables(value, TableKind::values, tile.head);
   scale_weights(value.codes, q, tile, r.key.nbytes(), value.width, s);
-  l.weights.count = 0;
+  float totals[kRows];
+  round_weights(s.weights[0], q.rows, tile.tokens(), tables.spread(), l.weights, totals);
   for (int i = 0; i < q.rows; ++i) {
-    const F total = set(round_weights(s.weights[i], tile.tokens(), tables.spread(), i, l.weights));
     float* out = q.softmax[i].out;
-    for (int c = 0; c < value.width; c += kLanes) store(out + c, fma(total, load(tables.middles() + c), load(out + c)));
+    for (int c = 0; c < value.width; c += kLanes) {
+      store(out + c, fma(set(totals[i]), load(tables.middles() + c), load(out + c)));
+    }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.wide[1]);
-  add_values(codes, tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
+  add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
 }
 
 // A tile of pages; of one page where values are not looked up.
