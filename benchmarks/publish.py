@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import methods
 from bitkv.cli.recipes import list_recipes
 from bitkv.evaluation.report import wilson
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods.md")
 Rows = list[dict[str, Any]]
 
 
@@ -21,6 +22,7 @@ def main() -> None:
     from benchmarks import pictures
 
     pictures.quality([*rows("quality"), *rows("recall")], ROOT / "docs" / "quality.png")
+    methods.picture(rows("methods"), rows("methods_stress"), ROOT / "docs" / "methods.png")
     pictures.attention(ROOT / "docs" / "attention.png")
     if (RESULTS / "decode.json").exists():
         pictures.decode(ROOT / "docs" / "decode.png")
@@ -351,8 +353,22 @@ def recipes() -> str:
     return markdown(["recipe", "bits", "what", "source"], lines).replace("---:", "---")
 
 
+def presets() -> str:
+    """bitkv's own presets and what they are, for the README."""
+    lines = []
+    for row in list_recipes():
+        if row.source == "bitkv" and "(" not in row.name:
+            bits = " or ".join(f"{x:g}" for x in row.bits_per_element)
+            lines.append([f"`{row.name}`", bits, row.summary])
+    return markdown(["recipe", "bits", "what"], lines).replace("---:", "---")
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
+    "presets": presets,
+    "methods": lambda: methods.table(rows("methods"), markdown),
+    "methods_short": lambda: methods.short_table(rows("methods"), markdown),
+    "methods_stress": lambda: methods.table(rows("methods_stress"), markdown),
     "demo": lambda: generate("generate"),
     "prefill": lambda: generate("prefill"),
     "quality": quality,

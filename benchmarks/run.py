@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import publish
+from benchmarks import methods, publish
 from bitkv import Affine
 from bitkv.cli import main as bitkv
 from bitkv.generation import checkpoint
@@ -69,6 +69,8 @@ COMMANDS: dict[str, list[str]] = {
         *("eval", *_named(RECIPES), "--dtype", "float32", "--tokens", "16384"),
         *("--task", "perplexity", "agreement", "fidelity"),
     ],
+    "methods": ["eval", *_named(methods.RECIPES), *methods.COMMAND],
+    "methods_stress": ["eval", *_named(methods.RECIPES), *methods.COMMAND, "--stress"],
     "recall": ["eval", *_named(RECIPES), "--task", "needle", "--samples", "60"],
     "levels": [*_LEVELS, "--dtype", "float32"],
     "levels16": [*_LEVELS, "--seed", "1"],
