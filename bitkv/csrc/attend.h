@@ -516,9 +516,10 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
   }
   plan.turns = &turns, plan.angles = angles.data();
 #if defined(BITKV_LOOKUP)
-  static thread_local std::vector<int16_t> words;
-  if (changed) turn_table(turns, words);
-  plan.turn_words = words.data();
+  static thread_local Room<int16_t> words;
+  int16_t* turn_words = words.of(size_t(turns.pairs) * turns.page_size * 2);
+  if (changed) turn_table(turns, turn_words);
+  plan.turn_words = turn_words;
 #endif
 }
 

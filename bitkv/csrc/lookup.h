@@ -13,6 +13,29 @@ namespace bitkv::BITKV_ISA {
 
 using V = __m512i;
 
+// Room that grows, aligned so that no vector in it crosses a cache line; what it held is lost when it grows.
+template <class T>
+class Room {
+ public:
+  ~Room() { ::operator delete(data_, std::align_val_t(64)); }
+  Room() = default;
+  Room(const Room&) = delete;
+
+  T* of(size_t size) {
+    if (size > size_) {
+      ::operator delete(data_, std::align_val_t(64));
+      data_ = nullptr, size_ = 0;
+      data_ = static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)));
+      size_ = size;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0;
+};
+
 constexpr int kEntries = 256;
 constexpr int kVector = 64;                      // tokens in a register of codes
 constexpr int kTileVectors = kTileTokens / kVector;
@@ -148,10 +171,13 @@ struct Table {
   }
 };
 
-// Where the codes of some pages are, 64 tokens at a time: of group g at from[v] + g * page_size.
+// Codes of a tile as bytes [groups][tokens], 64 tokens a vector. They are copied from their pages: those lie
+// whole powers of two apart, where a cache has no room for the same bytes of all of them.
 struct Codes {
-  const uint8_t* from[kTileVectors];
+  const uint8_t* data;
   int page_size, vectors;
+
+  const uint8_t* of(int group, int first = 0) const { return data + size_t(group) * kTile + first * kVector; }
 };
 
 // The pages that come after a tile's, an equal share for each of its vectors: fetched bit by bit while values
@@ -167,12 +193,17 @@ struct Next {
   }
 };
 
-// Codes of less than 8 bits as bytes, in the same order.
-inline void widen_codes(const CodePart& part, const uint8_t* data, uint8_t* out) {
-  int32_t codes[kColumns];
-  for (int g = 0; g < part.groups(); ++g) {
+// A page's codes into a tile.
+inline void copy_codes(const CodePart& part, const uint8_t* data, uint8_t* out) {
+  for (int g = 0; g < part.groups(); ++g, out += kTile) {
+    if (part.bits == 8) {
+      const uint8_t* from = data + size_t(g) * part.page_size;
+      for (int t = 0; t < part.page_size; t += kVector) _mm512_storeu_si512(out + t, load_v(from + t));
+      continue;
+    }
+    int32_t codes[kColumns];
     unpack_codes(part, data, g, codes);
-    for (int t = 0; t < part.page_size; ++t) *out++ = uint8_t(codes[t]);
+    for (int t = 0; t < part.page_size; ++t) out[t] = uint8_t(codes[t]);
   }
 }
 
@@ -244,9 +275,9 @@ template <int N>
   const V bytes = _mm512_set1_epi16(255);
   for (int g = 0; g < groups; ++g) {
     const Table one(rows[0].bytes + g * kEntries), two(rows[1].bytes + g * kEntries);
-    const size_t at = size_t(g) * codes.page_size;
+    const uint8_t* at = codes.of(g, first);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(codes.from[first + v] + at);
+      const V code = load_v(at + v * kVector);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const V x = one(code, upper), y = two(code, upper);
       even[0][v] = _mm512_add_epi16(even[0][v], _mm512_and_si512(x, bytes));
@@ -272,9 +303,9 @@ template <int N, bool kWide>
   const uint8_t* table = row.bytes;
   for (int g = 0; g < groups; ++g, table += (kWide ? 2 : 1) * kEntries) {
     const Table of_high(table), of_low(table + (kWide ? kEntries : 0));
-    const size_t at = size_t(g) * codes.page_size;
+    const uint8_t* at = codes.of(g, first);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(codes.from[first + v] + at);
+      const V code = load_v(at + v * kVector);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const V h = of_high(code, upper);
       if constexpr (kWide) {
@@ -321,12 +352,11 @@ inline void score_codes(const Codes& codes, int groups, const RowTables* rows, i
 
 // Cosines and sines of places in a page times 2^15, as 16-bit words in the order that unpacking bytes leaves:
 // [pairs][vectors of 64 tokens][cos low, cos high, sin low, sin high][32].
-inline void turn_table(const Turns& turns, std::vector<int16_t>& out) {
-  out.resize(size_t(turns.pairs) * turns.page_size * 2);
+inline void turn_table(const Turns& turns, int16_t* out) {
   for (int i = 0; i < turns.pairs; ++i) {
     for (int t = 0; t < turns.page_size; ++t) {
       const int lane = t % 64 / 16, place = t % 16;
-      int16_t* to = &out[(size_t(i) * turns.page_size + t / 64 * 64) * 2 + place / 8 * 32 + lane * 8 + place % 8];
+      int16_t* to = out + ((size_t(i) * turns.page_size + t / 64 * 64) * 2 + place / 8 * 32 + lane * 8 + place % 8);
       const size_t at = size_t(t) * turns.pairs + i;
       to[0] = int16_t(std::nearbyint(32767 * turns.cos[at])), to[64] = int16_t(std::nearbyint(32767 * turns.sin[at]));
     }
@@ -340,7 +370,7 @@ template <bool kFine>
   const int a = pair, b = pair + pairs;
   const Table ah(tables.of(a)), bh(tables.of(b));
   const Table al(tables.of(a) + (kFine ? kEntries : 0)), bl(tables.of(b) + (kFine ? kEntries : 0));
-  const size_t at_a = size_t(a / channels) * codes.page_size, at_b = size_t(b / channels) * codes.page_size;
+  const uint8_t *at_a = codes.of(a / channels), *at_b = codes.of(b / channels);
   const int16_t* angles = turns + size_t(pair) * codes.page_size * 2;
   const auto turned = [](V x, V y, V cos, V sin, V* to) {
     const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
@@ -348,7 +378,7 @@ template <bool kFine>
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(p, q)), _mm512_storeu_si512(to + 1, _mm512_unpackhi_epi16(p, q));
   };
   for (int v = first; v < end; ++v, out += 128) {
-    const V x = load_v(codes.from[v] + at_a), y = load_v(codes.from[v] + at_b);
+    const V x = load_v(at_a + v * kVector), y = load_v(at_b + v * kVector);
     const __mmask64 x_upper = _mm512_movepi8_mask(x), y_upper = _mm512_movepi8_mask(y);
     const V xh = ah(x, x_upper), yh = bh(y, y_upper);
     V xl = _mm512_set1_epi8(char(128)), yl = xl;  // the middle of what the high part leaves open
@@ -479,12 +509,12 @@ inline V sums_of_sixteen(const V* x) {
 // acc[c][h] = entries of C neighbouring channels times H rows of bytes.
 template <int C, int H, bool kFetch>
 [[gnu::always_inline]] inline void multiply_values(const Codes& codes, const Next& next, int pair, const uint8_t* table,
-                                                   size_t at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+                                                   const uint8_t* at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
   const Table first(table), second(table + (C - 1) * 2 * kEntries);
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
-    const V code = load_v(codes.from[v] + at);
+    const V code = load_v(at + v * kVector);
     if constexpr (kFetch) next.fetch(v, pair);
     const __mmask64 upper = _mm512_movepi8_mask(code);
     V entry[C];
@@ -507,7 +537,7 @@ template <int H>
     for (int i = 0; i < kLanes;) {
       const int group = (c + i) / channels;
       const uint8_t* table = tables.of(c + i) + part * kEntries;
-      const size_t at = size_t(group) * codes.page_size;
+      const uint8_t* at = codes.of(group);
       V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
       const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
       const bool fetches = row == 0 && part == 0;

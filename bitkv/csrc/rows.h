@@ -15,7 +15,7 @@ constexpr int kRows = 32;      // query rows that share a pass over a page
 constexpr int kColumns = 256;  // channels of a head or tokens of a page, at most
 constexpr int kTokens = 128;   // tokens of a page, at most
 constexpr int kTileTokens = 1024;        // whose scores are kept together, at most
-constexpr int kTile = kTileTokens + 16;  // between rows of them: powers of two would share cache sets
+constexpr int kTile = kTileTokens + 64;  // between rows of them: powers of two would share cache sets
 constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
 constexpr int kMaxH = kAccumulators >= 16 ? 8 : 4;  // rows that are multiplied at once
 

@@ -6,10 +6,10 @@ namespace bitkv::BITKV_ISA {
 
 // What a thread keeps for an item or a tile of it.
 struct LookupScratch {
-  std::vector<uint8_t> row_bytes, wide[2];  // tables of query rows; codes of keys and of values as bytes
-  std::vector<float> products;
+  Room<uint8_t> row_bytes, codes;  // tables of query rows; codes of a tile
+  Room<float> products;
   RowTables rows[kRows];
-  std::vector<int16_t> turned;
+  Room<int16_t> turned;
   alignas(64) int32_t sums[kRows][kTile];
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
@@ -33,28 +33,21 @@ struct Tile {
 
 inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScratch& s) {
   const size_t size = size_t(key.codes.groups()) * 2 * kEntries;
-  s.row_bytes.resize(size * q.rows), s.products.resize(size);
+  uint8_t* bytes = s.row_bytes.of(size * q.rows);
+  float* products = s.products.of(size);
   for (int i = 0; i < q.rows; ++i) {
-    s.rows[i].bytes = s.row_bytes.data() + i * size;
-    tabulate_row(key, head, q.page_x + i * key.width, s.products.data(), s.rows[i]);
+    s.rows[i].bytes = bytes + i * size;
+    tabulate_row(key, head, q.page_x + i * key.width, products, s.rows[i]);
   }
 }
 
-// Where a tile's codes are, `offset` bytes into its pages.
-inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, std::vector<uint8_t>& wide) {
-  const int per_page = tile.page_size / kVector;
-  const size_t bytes = size_t(part.groups()) * tile.page_size;
-  Codes codes;
-  codes.page_size = tile.page_size, codes.vectors = tile.pages * per_page;
-  if (part.bits < 8) wide.resize(bytes * tile.pages);
+// A tile's codes, `offset` bytes into its pages.
+inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Room<uint8_t>& room) {
+  uint8_t* codes = room.of(size_t(part.groups()) * kTile);
   for (int p = 0; p < tile.pages; ++p) {
-    const uint8_t* data = tile.page[p] + offset;
-    if (part.bits < 8) widen_codes(part, data, wide.data() + p * bytes);
-    for (int v = 0; v < per_page; ++v) {
-      codes.from[p * per_page + v] = (part.bits < 8 ? wide.data() + p * bytes : data) + v * kVector;
-    }
+    copy_codes(part, tile.page[p] + offset, codes + p * tile.page_size);
   }
-  return codes;
+  return {codes, tile.page_size, tile.tokens() / kVector};
 }
 
 inline Next next_of(const Tile& tile, size_t page_bytes, int width) {
@@ -78,10 +71,10 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
       round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
     }
   }
-  const Codes codes = codes_of(tile, key.codes, 0, l.wide[0]);
+  const Codes codes = codes_of(tile, key.codes, 0, l.codes);
   const int per_page = tile.page_size / kVector;
   constexpr size_t kStride = kTurned * 128;
-  l.turned.resize(kPairs * kStride);
+  int16_t* turned = l.turned.of(kPairs * kStride);
   for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
   for (int first = 0; first < codes.vectors; first += kTurned) {
     const int end = std::min(codes.vectors, first + kTurned);
@@ -89,13 +82,13 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
       const int count = std::min(kPairs, key.pairs - pair);
       for (int i = 0; i < count; ++i) {
         const auto turn = tables.is_fine() ? turn_pair<true> : turn_pair<false>;
-        turn(codes, tables, first, end, key.codes.channels, pair + i, key.pairs, plan.turn_words, l.turned.data() + i * kStride);
+        turn(codes, tables, first, end, key.codes.channels, pair + i, key.pairs, plan.turn_words, turned + i * kStride);
       }
       for (int v = first; v < end; ++v) {
         const TurnedQueries& queries = l.queries[v / per_page];
         by_four_rows(q.rows, [&](int row, auto h) {
           const auto* words = reinterpret_cast<const int32_t(*)[kColumns / 2]>(&queries.words[row][pair]);
-          multiply_turned<h()>(l.turned.data() + (v - first) * 128, count, kStride, words, l.sums[row] + v * kVector);
+          multiply_turned<h()>(turned + (v - first) * 128, count, kStride, words, l.sums[row] + v * kVector);
         });
       }
     }
@@ -132,7 +125,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
   if (key.inv_freq) {
     score_turned(r, plan, q, tile, angle, s, l);
   } else {
-    score_codes(codes_of(tile, key.codes, 0, l.wide[0]), key.codes.groups(), l.rows, q.rows, s.scores[0]);
+    score_codes(codes_of(tile, key.codes, 0, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
     for (int i = 0; i < q.rows; ++i) sums[i] = l.rows[i].sum;
   }
   for (int p = 0; p < tile.pages; ++p) {
@@ -171,7 +164,7 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
       store(out + c, fma(set(totals[i]), load(tables.middles() + c), load(out + c)));
     }
   }
-  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.wide[1]);
+  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
   add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
 }
 
