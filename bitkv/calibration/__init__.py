@@ -52,9 +52,15 @@ class Reading:
     memory: int = 2**31
 
     @property
+    def num_windows(self) -> int:
+        """How many are read."""
+        return max(1, self.tokens // self.window)
+
+    @property
     def source(self) -> str:
         """In words."""
-        return f"{self.tokens} tokens of {self.name} in windows of {self.window}, seed {self.seed}"
+        tokens = self.num_windows * self.window
+        return f"{tokens} tokens of {self.name} in windows of {self.window}, seed {self.seed}"
 
 
 def calibrate(
@@ -83,33 +89,27 @@ def calibrate(
     made = [as_recipe(recipe) for recipe in recipes]
     decoder = decoder_config(model.config)
     num_layers = decoder.num_hidden_layers
+    longest = getattr(decoder, "max_position_embeddings", None)
+    if longest is not None and reading.window > longest:
+        raise ValueError(
+            f"windows of {reading.window} tokens are longer than the model's {longest}; shorten them"
+        )
     windows = _draw(tokenizer, reading)
     for recipe in made:
         recipe.check_layers(num_layers)
         _check_size(recipe, num_layers, windows.numel())
     model_print = fingerprint(model.config)
-    origin = f"{model_print} {reading.source} {digest_of({'ids': windows})}"
+    weights = weights_digest(model, 0)
+    skip = max((recipe.num_sink_tokens for recipe in made), default=0)
+    read_as = f"{reading.source} {digest_of({'ids': windows})} from token {skip}"
+    origin = f"{model_print} {weights} {model.dtype} {read_as}"
     done = [
         Partial(None if partial is None else partial / str(i), recipe, origin)
         for i, recipe in enumerate(made)
     ]
-    todo = [i for i in range(num_layers) if any(_is_open(*x, i) for x in zip(made, done, strict=True))]
-    rope = rope_of(decoder)
-    skip = max((recipe.num_sink_tokens for recipe in made), default=0)
-    for layers in _passes(todo, decoder, windows.numel(), reading.memory):
-        step = 0.5 * len(layers) / max(len(todo), 1)
-        found = gather(model, windows, layers, skip=skip, advance=_by(advance, step / len(windows)))
-        for layer in layers:
-            for recipe, finished in zip(made, done, strict=True):
-                if _is_open(recipe, finished, layer):
-                    pair = recipe.codecs(layer)
-                    fitted = _fit(pair, found[layer], rope, reading.seed) if layer in found else pair
-                    finished.add(layer, fitted)
-            found.pop(layer, None)
-            advance(step / len(layers))
+    _learn(model, windows, list(zip(made, done, strict=True)), reading, advance)
     if partial is not None:
         shutil.rmtree(partial)
-    weights = weights_digest(model, 0)
     calibrations = (
         Calibration(
             tuple(x.codecs(i) if i in x else recipe.codecs(i) for i in range(num_layers)),
@@ -118,6 +118,34 @@ def calibrate(
         for recipe, x in zip(made, done, strict=True)
     )
     return [x.calibrated(y) for x, y in zip(made, calibrations, strict=True)]
+
+
+def _learn(
+    model: Any,
+    windows: Tensor,
+    pairs: Sequence[tuple[Recipe, Partial]],
+    reading: Reading,
+    advance: Callable[[float], object],
+) -> None:
+    """Fit every layer that is open, as many at a time as fit into memory."""
+    decoder = decoder_config(model.config)
+    layers = range(decoder.num_hidden_layers)
+    todo = [i for i in layers if any(_is_open(*pair, i) for pair in pairs)]
+    rope = rope_of(decoder)
+    skip = max((recipe.num_sink_tokens for recipe, _ in pairs), default=0)
+    for some in _passes(todo, decoder, windows.numel(), reading.memory):
+        step = 0.5 * len(some) / max(len(todo), 1)
+        found = gather(model, windows, some, skip=skip, advance=_by(advance, step / len(windows)))
+        for layer in some:
+            for recipe, done in pairs:
+                if _is_open(recipe, done, layer):
+                    codecs = recipe.codecs(layer)
+                    tokens = found.get(layer)
+                    done.add(
+                        layer, codecs if tokens is None else _fit(codecs, tokens, rope, reading.seed)
+                    )
+            found.pop(layer, None)
+            advance(step / len(some))
 
 
 def _is_open(recipe: Recipe, done: Partial, layer_idx: int) -> bool:
@@ -140,7 +168,7 @@ def _fit(pair: tuple[Codec, Codec], x: Gathered, rope: Rope | None, seed: int) -
 
 def _draw(tokenizer: Any, reading: Reading) -> Tensor:
     """Ids `[n, window]` of windows of the text, drawn without repetition."""
-    count = max(1, reading.tokens // reading.window)
+    count = reading.num_windows
     ids = cut(tokenizer, reading.text, tokens=_EVERY, window=reading.window).ids
     if len(ids) < count:
         raise ValueError(

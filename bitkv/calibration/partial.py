@@ -16,7 +16,7 @@ class Partial:
 
     Args:
         folder: where; None keeps them in memory.
-        origin: says what they were made from; a folder of another origin is emptied.
+        origin: says what they were made from; files of another origin, or damaged, are removed.
     """
 
     def __init__(self, folder: Path | None, recipe: Recipe, origin: str) -> None:
@@ -26,11 +26,14 @@ class Partial:
             return
         folder.mkdir(parents=True, exist_ok=True)
         for path in sorted(folder.glob("*.safetensors")):
-            metadata, tensors = open_tensors(path)
-            layer_idx = int(path.stem)
+            try:
+                metadata, tensors = open_tensors(path)
+            except ValueError:  # damaged
+                metadata, tensors = {}, {}
             if metadata != {"origin": self.origin, "digest": digest_of(tensors)}:
                 path.unlink()
                 continue
+            layer_idx = int(path.stem)
             self._pairs[layer_idx] = with_learned(tensors, layer_idx, recipe.codecs(layer_idx))
 
     def __contains__(self, layer_idx: int) -> bool:

@@ -61,7 +61,7 @@ def sensitivities(
         for layer in range(num_layers):
             for place, site in enumerate(SITES):
                 codec = recipe.codecs(layer)[place]
-                if (site, codec, layer) in seen or isinstance(codec, Unquantized):
+                if (site, codec, layer) in seen:
                     continue
                 seen.add((site, codec, layer))
                 alone = alone_in(recipe, layer, site, num_layers)
@@ -91,10 +91,10 @@ def of_pairs(recipe: Recipe, pairs: Sequence[tuple[Codec, Codec]]) -> Recipe:
     # one codec for all layers is written once
     key, value = (x[0] if len(set(x)) == 1 else x for x in (keys, values))
     made = Recipe(key, value, **windows)
-    if not any(codec.learned for pair in pairs for codec in pair):
+    origin = recipe.calibration
+    if origin is None and not any(codec.learned for pair in pairs for codec in pair):
         return made
     # of another recipe of the same model, if not of this one
-    origin = recipe.calibration
     texts = ("", "", "") if origin is None else (origin.model, origin.weights, origin.source)
     return made.calibrated(Calibration(tuple(pairs), *texts))
 

@@ -120,11 +120,13 @@ def calibrated(
     from bitkv.calibration import Reading, TooLittleText, calibrate
 
     memory = getattr(args, "memory", 2) * 2**30
-    options = {"tokens": args.calibration_tokens, "seed": args.seed, "memory": memory}
+    context = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    window = min(WINDOW, context or WINDOW, args.calibration_tokens)
+    options = {"window": window, "seed": args.seed, "memory": memory}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TooLittleText)
         bar = display.add_task("calibrating", total=1.0)
-        reading = Reading(text=text, name=name, **options)
+        reading = Reading(text=text, name=name, tokens=args.calibration_tokens, **options)
         fitted = calibrate(
             *(model, tokenizer, recipes, reading),
             partial=partial,

@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> None:
     for path in (args.output, args.json, args.plot):
         check_writable(path)
     recipes = _recipes(args)
+    _check_output(args.output, any(recipe.learns for recipe in recipes))
     text, name = read_calibration_text(args)
 
     from bitkv.calibration.sensitivity import sensitivities
@@ -108,6 +109,15 @@ def _recipes(args: argparse.Namespace) -> "list[Recipe]":
     count = max(len(keys), len(values))
     pairs = [(keys[min(i, len(keys) - 1)], values[min(i, len(values) - 1)]) for i in range(count)]
     return [arguments.recipe(f"Recipe(key={key}, value={value})") for key, value in pairs]
+
+
+def _check_output(output: Path | None, learns: bool) -> None:
+    """Refuse a name that would say another kind of file."""
+    if output is None or (output.suffix == ".safetensors") == learns:
+        return
+    if learns:
+        raise ValueError(f"{output} will hold what codecs have learned; end its name in .safetensors")
+    raise ValueError(f"{output} will be a text, as no codec learns; end its name in .txt")
 
 
 def _prepare(
@@ -172,10 +182,6 @@ def _write(
     calibrations = [x.calibration for x in recipes if x.calibration]
     recipe = chosen.recipe(recipes[0], calibrations[0] if calibrations else None)
     if args.output and recipe.calibration is not None:
-        if args.output.suffix != ".safetensors":
-            raise ValueError(
-                f"{args.output} holds what codecs have learned; end its name in .safetensors"
-            )
         write(recipe, args.output)
     elif args.output:
         with replacing(args.output) as temporary:

@@ -1,5 +1,7 @@
 """Recipe files: a recipe and what its codecs have learned, in one safetensors file."""
 
+import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitkv.codecs import Codec
+from bitkv.digests import digest_of
 from bitkv.files import replacing
 from bitkv.recipe.base import Calibration, Recipe
 from bitkv.recipe.text import parse
@@ -31,8 +34,8 @@ def write(recipe: Recipe, path: Path) -> None:
         "model": calibration.model,
         "weights": calibration.weights,
         "source": calibration.source,
-        "digest": calibration.digest,
     }
+    metadata["digest"] = _digest(metadata, calibration.tensors)
     with replacing(path) as temporary:
         save_file(calibration.tensors, temporary, metadata)
 
@@ -47,6 +50,8 @@ def read(path: Path) -> Recipe:
     metadata, tensors = open_tensors(path)
     if metadata.get("format") != _MAGIC:
         raise ValueError(f"{path} is not a recipe file; pass one that `bitkv calibrate` wrote")
+    if metadata.pop("digest", None) != _digest(metadata, tensors):
+        raise ValueError(f"{path} is damaged: its digest does not match; calibrate again")
     try:
         recipe = parse(metadata["recipe"])
         pairs = [recipe.codecs(i) for i in range(int(metadata["layers"]))]
@@ -54,9 +59,13 @@ def read(path: Path) -> Recipe:
         calibration = Calibration(codecs, metadata["model"], metadata["weights"], metadata["source"])
     except (KeyError, IndexError) as error:
         raise ValueError(f"{path} is damaged: it lacks {error}; calibrate again") from None
-    if calibration.digest != metadata.get("digest"):
-        raise ValueError(f"{path} is damaged: its digest does not match; calibrate again")
     return recipe.calibrated(calibration)
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything in a recipe file."""
+    text = json.dumps(metadata, sort_keys=True) + digest_of(tensors)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def as_recipe(recipe: Recipe | str) -> Recipe:
