@@ -14,7 +14,17 @@ PUBLISHED = (
 )
 SHOWN = (
     *OURS,
-    *("kivi4", "kivi2", "kvquant(2)", "turboquant(2)", "cq(4, 8)", "cq(8, 10)", "cq(8, 8)", "tasq", "nsn(1)"),
+    *(
+        "kivi4",
+        "kivi2",
+        "kvquant(2)",
+        "turboquant(2)",
+        "cq(4, 8)",
+        "cq(8, 10)",
+        "cq(8, 8)",
+        "tasq",
+        "nsn(1)",
+    ),
 )
 LEVELS = ("affine(1, 32)", "affine(1, 32, 'mse')")
 COMMAND = (
@@ -23,6 +33,15 @@ COMMAND = (
     *("--length", "4096", "--samples", "40"),
 )
 RECIPES = (*PUBLISHED, *LEVELS, *OURS)
+STRESSED = (
+    *("kivi4", "kivi2", "quarot(4)", "quarot(2)", "rotatekv2", "kvquant(2)", "turboquant(4)"),
+    *("turboquant(2)", "kitty", "nsn(1)", "tasq", "cq(2, 8)", "cq(4, 8)", "cq(8, 8)", *OURS),
+)
+STRESS_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--tokens", "4096", "--stress"),
+    *("--task", "agreement", "needle", "--length", "4096", "--samples", "20"),
+    *("--calibration-tokens", "16384"),
+)
 
 Rows = list[dict[str, Any]]
 
@@ -51,13 +70,14 @@ def table(rows: Rows, markdown: Callable[..., str]) -> str:
     return markdown([*headings, "needle 4K", "another domain: Δ nats / KL"], lines)
 
 
-def short_table(rows: Rows, markdown: Callable[..., str]) -> str:
-    """The README's: fewer recipes, fewer columns."""
+def short_table(rows: Rows, markdown: Callable[..., str], *, every: bool = False) -> str:
+    """The README's: fewer recipes unless `every` one is wanted, fewer columns."""
     kl, needle = (
         {row["recipe"]: row for row in rows if row["task"] == task} for task in ("agreement", "needle")
     )
     names = sorted(
-        (name for name in kl if name in SHOWN), key=lambda name: kl[name]["packed_bits_per_element"]
+        (name for name in kl if every or name in SHOWN),
+        key=lambda name: kl[name]["packed_bits_per_element"],
     )
     lines = [
         [

@@ -368,7 +368,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "presets": presets,
     "methods": lambda: methods.table(rows("methods"), markdown),
     "methods_short": lambda: methods.short_table(rows("methods"), markdown),
-    "methods_stress": lambda: methods.table(rows("methods_stress"), markdown),
+    "methods_stress": lambda: methods.short_table(rows("methods_stress"), markdown, every=True),
     "demo": lambda: generate("generate"),
     "prefill": lambda: generate("prefill"),
     "quality": quality,

@@ -70,7 +70,7 @@ COMMANDS: dict[str, list[str]] = {
         *("--task", "perplexity", "agreement", "fidelity"),
     ],
     "methods": ["eval", *_named(methods.RECIPES), *methods.COMMAND],
-    "methods_stress": ["eval", *_named(methods.RECIPES), *methods.COMMAND, "--stress"],
+    "methods_stress": ["eval", *_named(methods.STRESSED), *methods.STRESS_COMMAND],
     "recall": ["eval", *_named(RECIPES), "--task", "needle", "--samples", "60"],
     "levels": [*_LEVELS, "--dtype", "float32"],
     "levels16": [*_LEVELS, "--seed", "1"],
