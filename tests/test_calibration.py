@@ -554,9 +554,6 @@ def test_calibrate_writes_a_recipe_file(capsys, tmp_path):
     assert repr(as_recipe(str(path))) == repr(as_recipe(recipe))
 
 
-@pytest.mark.xfail(
-    reason="cli/generate.py hands on the recipe's repr, without what it learned", strict=True
-)
 def test_generate_takes_a_recipe_file(capsys, saved_model, file):
     code, _, err = run(
         capsys, "generate", saved_model, "--prompt", "x", "--recipe", file, "--max-new-tokens", 1

@@ -94,7 +94,7 @@ def _request(args: argparse.Namespace) -> Request:
     return Request(
         prompt=_prompt(args),
         model=args.model,
-        recipe=repr(arguments.recipe(args.recipe)),
+        recipe=_recipe_text(args.recipe),
         backend=arguments.backend(args.backend),
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
@@ -168,3 +168,9 @@ def _compare(args: argparse.Namespace, request: Request) -> list[Run]:
     )
     comparison.print_table(label, request, stock, packed)
     return [stock, packed]
+
+
+def _recipe_text(text: str) -> str:
+    """What another process can read: a recipe file by its path, else the recipe's own text."""
+    recipe = arguments.recipe(text)
+    return repr(recipe) if recipe.calibration is None else str(Path(text).resolve())

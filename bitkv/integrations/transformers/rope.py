@@ -33,8 +33,11 @@ def rope_of(decoder: Config) -> Rope | None:
     ]
     if len(embeddings) != 1:
         return None
-    with torch.device("cpu"):
-        embedding: Any = embeddings[0](decoder)
+    try:
+        with torch.device("cpu"):
+            embedding: Any = embeddings[0](decoder)
+    except (AttributeError, KeyError, TypeError):  # made for another part of the model
+        return None
     inv_freq = getattr(embedding, "inv_freq", None)
     if inv_freq is None:
         return None
