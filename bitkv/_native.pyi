@@ -6,7 +6,7 @@ dtypes are 0 float16, 1 bfloat16, 2 float32; strides count elements, of bytes fo
 _Part = tuple[int, int, int, int, int, int]
 _CodePart = tuple[int, int, int, int, int]
 _Codebook = tuple[int, int, int, int, int]  # data, heads, groups, entries, channels; contiguous float32
-# codebook; restore, its heads and width; inv_freq, their number, factor; tables; zeros for what there is not
+# codebook; restore, heads and width; inv_freq, their number, factor; tables; zeros for what is not there
 _Shared = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float], int]
 
 def isas() -> list[str]:
@@ -80,7 +80,7 @@ def tabulate(
     threads: int,
     /,
 ) -> int:
-    """Fill `out` with what kernels look codes up in; its bytes, 0 for none. 0 for `out` asks but for these."""
+    """Fill `out` with what kernels look codes up in; its bytes, 0 for none. Without `out` only these."""
 
 def append(
     hot: tuple[int, int, int],  # hot_k, hot_v, hot_len
