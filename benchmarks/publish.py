@@ -217,7 +217,7 @@ def speedup() -> str:
 
 
 def speed() -> str:
-    """Everything at one context: 131,072 tokens, or the longest one below."""
+    """One context, 131,072 tokens or the longest below: recipes, SDPA's fastest variant, and vLLM."""
     measured = attended()
     context = max(c for c in {row["context"] for row in measured} if c <= 131072)
     lines = [
@@ -231,7 +231,7 @@ def speed() -> str:
             times(row.get("vs_vllm")),
         ]
         for row in measured
-        if row["context"] == context
+        if row["context"] == context and (not is_rival(row) or row["vs_sdpa"] >= 1)
     ]
     headings = [f"{context:,} tokens", "bits", "ms", "GB/s", "of read bandwidth", "× SDPA", "× vLLM"]
     return markdown(headings, lines)
@@ -353,19 +353,8 @@ def recipes() -> str:
     return markdown(["recipe", "bits", "what", "source"], lines).replace("---:", "---")
 
 
-def presets() -> str:
-    """bitkv's own presets and what they are, for the README."""
-    lines = []
-    for row in list_recipes():
-        if row.source == "bitkv" and "(" not in row.name:
-            bits = " or ".join(f"{x:g}" for x in row.bits_per_element)
-            lines.append([f"`{row.name}`", bits, row.summary])
-    return markdown(["recipe", "bits", "what"], lines).replace("---:", "---")
-
-
 TABLES: dict[str, Callable[[], str]] = {
     "recipes": recipes,
-    "presets": presets,
     "methods": lambda: methods.table(rows("methods"), markdown),
     "methods_short": lambda: methods.short_table(rows("methods"), markdown),
     "methods_stress": lambda: methods.short_table(rows("methods_stress"), markdown, every=True),
