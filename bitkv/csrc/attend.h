@@ -269,7 +269,9 @@ struct Plan {
 
   explicit Plan(const AttendRequest& r)
       : key(half_of(r.key, r)), value(half_of(r.value, r)), page_bytes(r.page_bytes()),
-        keys_as_floats(r.key.has_codebook || r.key.inv_freq), looks_up_keys(r.lookups && r.key.tables),
+        keys_as_floats(r.key.has_codebook || r.key.inv_freq),
+        // zero points that turn with their tokens are no sum to add
+        looks_up_keys(r.lookups && r.key.tables && !(r.key.inv_freq && r.key.codes.scales == 2)),
         looks_up_values(r.lookups && r.value.tables) {
     rows = r.heads / r.kv_heads * r.queries;
     tiles = (rows + kRows - 1) / kRows;

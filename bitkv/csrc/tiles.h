@@ -121,7 +121,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
     }
     return;
   }
-  float sums[kRows];
+  float sums[kRows] = {};  // which zero points multiply; turned keys have none
   if (key.inv_freq) {
     score_turned(r, plan, q, tile, angle, s, l);
   } else {

@@ -86,6 +86,7 @@ void fail(const char* what, const Kernels& kernels, const Part& part) {
 struct RandomSide {
   Side side{};
   std::vector<Exact<float>> memory;
+  std::unique_ptr<Exact<uint8_t>> tables;
 
   const float* numbers(size_t count) {
     memory.emplace_back(count);
@@ -115,6 +116,19 @@ struct RandomSide {
     }
   }
 
+  // Tables to look codes up in, where there are such kernels.
+  void tabulate(const Kernels& kernels, bool is_key) {
+    const bool turns = side.inv_freq != nullptr;
+    const bool halves = 2 * side.pairs == side.width && side.pairs % kLanes == 0 && !side.restore;
+    if (!kernels.tabulate || !side.has_codebook || side.codes.bits > 8 || (turns && !halves)) return;
+    const TableKind kind = !is_key ? TableKind::values : turns ? TableKind::turned_keys : TableKind::keys;
+    TablesRequest request{side.codebook, side.width, kind, turns ? side.pairs : 0, nullptr, 1};
+    tables = std::make_unique<Exact<uint8_t>>(kernels.tabulate(request));
+    request.out = tables->get();
+    kernels.tabulate(request);
+    side.tables = tables->get();
+  }
+
   void fill(uint8_t* at) const {
     if (!side.has_codebook) return fill_part(at, side.affine);
     for (size_t i = 0; i < side.codes.code_bytes(); ++i) at[i] = uint8_t(random_bits());
@@ -135,7 +149,8 @@ void attend_once(const Kernels& kernels) {
   r.head_dim = pick({64, 80, 96, 128, 256});
   r.dtype = DType(below(3)), r.hot_dtype = DType(below(3));
   r.batch = 1 + below(3), r.kv_heads = 1 + below(3), r.queries = pick({1, 1, 1, 2, 5, 33});
-  const RandomSide key(true, r.page_size, r.head_dim, r.kv_heads), value(false, r.page_size, r.head_dim, r.kv_heads);
+  RandomSide key(true, r.page_size, r.head_dim, r.kv_heads), value(false, r.page_size, r.head_dim, r.kv_heads);
+  key.tabulate(kernels, true), value.tabulate(kernels, false);
   r.key = key.side, r.value = value.side;
   r.heads = r.kv_heads * (r.queries > 5 ? pick({1, 3}) : pick({1, 3, 4, 7, 8, 16, 40}));
   r.num_sink_tokens = pick({0, 1, 4, 70}), r.scale = 1 / std::sqrt(float(r.head_dim));
