@@ -9,10 +9,13 @@ import torch
 from bitkv.codecs import Codec, Unquantized
 from bitkv.evaluation.agreement import kl_divergence
 from bitkv.evaluation.fidelity import fidelity
-from bitkv.evaluation.protocols import Subject, Windows, next_token_logits
+from bitkv.evaluation.protocols import Protocol, Subject, Windows, next_token_logits
 from bitkv.evaluation.report import Fidelity
 from bitkv.pages import Site
 from bitkv.recipe import Calibration, Recipe
+
+# as in generation: where recent tokens are packed too, losses are so large that they hide the layers
+_PROTOCOL: Protocol = "streamed"
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Sensitivity:
         codec: as it was calibrated for this layer.
         nbytes: of a page of one KV head, for this half.
         kl: mean KL divergence in nats per token from the unquantized model when nothing else is
-            quantized, with a quantized prefill.
+            quantized; every chunk of 64 tokens reads what was packed before it.
         error: relative error of this layer's attention outputs.
     """
 
@@ -51,7 +54,7 @@ def sensitivities(
         recipes: calibrated where they learn; windows and page size are theirs.
         advance: called after each measurement of a layer on all windows.
     """
-    expected = [next_token_logits(stock, ids, "packed")[0] for ids in windows.ids]
+    expected = [next_token_logits(stock, ids, _PROTOCOL)[0] for ids in windows.ids]
     found: list[Sensitivity] = []
     seen: set[tuple[Site, Codec, int]] = set()
     num_layers = stock.model.config.get_text_config(decoder=True).num_hidden_layers
@@ -106,7 +109,7 @@ def _measure(
     subject = Subject(stock.model, recipe)
     parts, cache = [], None
     for ids, logits in zip(windows.ids, expected, strict=True):
-        mine, cache = next_token_logits(subject, ids, "packed")
+        mine, cache = next_token_logits(subject, ids, _PROTOCOL)
         parts.append(kl_divergence(logits, mine))
     assert cache is not None
     form = cache.layers[layer].format
