@@ -171,13 +171,11 @@ struct Table {
   }
 };
 
-// Codes of a tile as bytes [groups][tokens], 64 tokens a vector. They are copied from their pages: those lie
-// whole powers of two apart, where a cache has no room for the same bytes of all of them.
+// Codes of a tile as bytes, 64 tokens a vector: those of group g lie at from[v] + g * stride.
 struct Codes {
-  const uint8_t* data;
+  const uint8_t* from[kTileVectors];
+  size_t stride;
   int page_size, vectors;
-
-  const uint8_t* of(int group, int first = 0) const { return data + size_t(group) * kTile + first * kVector; }
 };
 
 // The pages that come after a tile's, an equal share for each of its vectors: fetched bit by bit while values
@@ -193,7 +191,7 @@ struct Next {
   }
 };
 
-// A page's codes into a tile.
+// A page's codes into a tile of bytes [groups][kTile].
 inline void copy_codes(const CodePart& part, const uint8_t* data, uint8_t* out) {
   for (int g = 0; g < part.groups(); ++g, out += kTile) {
     if (part.bits == 8) {
@@ -275,9 +273,9 @@ template <int N>
   const V bytes = _mm512_set1_epi16(255);
   for (int g = 0; g < groups; ++g) {
     const Table one(rows[0].bytes + g * kEntries), two(rows[1].bytes + g * kEntries);
-    const uint8_t* at = codes.of(g, first);
+    const size_t at = g * codes.stride;
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(at + v * kVector);
+      const V code = load_v(codes.from[first + v] + at);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const V x = one(code, upper), y = two(code, upper);
       even[0][v] = _mm512_add_epi16(even[0][v], _mm512_and_si512(x, bytes));
@@ -303,9 +301,9 @@ template <int N, bool kWide>
   const uint8_t* table = row.bytes;
   for (int g = 0; g < groups; ++g, table += (kWide ? 2 : 1) * kEntries) {
     const Table of_high(table), of_low(table + (kWide ? kEntries : 0));
-    const uint8_t* at = codes.of(g, first);
+    const size_t at = g * codes.stride;
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(at + v * kVector);
+      const V code = load_v(codes.from[first + v] + at);
       const __mmask64 upper = _mm512_movepi8_mask(code);
       const V h = of_high(code, upper);
       if constexpr (kWide) {
@@ -370,7 +368,7 @@ template <bool kFine>
   const int a = pair, b = pair + pairs;
   const Table ah(tables.of(a)), bh(tables.of(b));
   const Table al(tables.of(a) + (kFine ? kEntries : 0)), bl(tables.of(b) + (kFine ? kEntries : 0));
-  const uint8_t *at_a = codes.of(a / channels), *at_b = codes.of(b / channels);
+  const size_t at_a = a / channels * codes.stride, at_b = b / channels * codes.stride;
   const int16_t* angles = turns + size_t(pair) * codes.page_size * 2;
   const auto turned = [](V x, V y, V cos, V sin, V* to) {
     const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
@@ -378,7 +376,7 @@ template <bool kFine>
     _mm512_storeu_si512(to, _mm512_unpacklo_epi16(p, q)), _mm512_storeu_si512(to + 1, _mm512_unpackhi_epi16(p, q));
   };
   for (int v = first; v < end; ++v, out += 128) {
-    const V x = load_v(at_a + v * kVector), y = load_v(at_b + v * kVector);
+    const V x = load_v(codes.from[v] + at_a), y = load_v(codes.from[v] + at_b);
     const __mmask64 x_upper = _mm512_movepi8_mask(x), y_upper = _mm512_movepi8_mask(y);
     const V xh = ah(x, x_upper), yh = bh(y, y_upper);
     V xl = _mm512_set1_epi8(char(128)), yl = xl;  // the middle of what the high part leaves open
@@ -509,12 +507,12 @@ inline V sums_of_sixteen(const V* x) {
 // acc[c][h] = entries of C neighbouring channels times H rows of bytes.
 template <int C, int H, bool kFetch>
 [[gnu::always_inline]] inline void multiply_values(const Codes& codes, const Next& next, int pair, const uint8_t* table,
-                                                   const uint8_t* at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+                                                   size_t at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
   const Table first(table), second(table + (C - 1) * 2 * kEntries);
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
-    const V code = load_v(at + v * kVector);
+    const V code = load_v(codes.from[v] + at);
     if constexpr (kFetch) next.fetch(v, pair);
     const __mmask64 upper = _mm512_movepi8_mask(code);
     V entry[C];
@@ -537,7 +535,7 @@ template <int H>
     for (int i = 0; i < kLanes;) {
       const int group = (c + i) / channels;
       const uint8_t* table = tables.of(c + i) + part * kEntries;
-      const uint8_t* at = codes.of(group);
+      const size_t at = group * codes.stride;
       V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
       const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
       const bool fetches = row == 0 && part == 0;

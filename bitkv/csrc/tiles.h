@@ -41,13 +41,24 @@ inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScr
   }
 }
 
-// A tile's codes, `offset` bytes into its pages.
-inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Room<uint8_t>& room) {
-  uint8_t* codes = room.of(size_t(part.groups()) * kTile);
+// A tile's codes, `offset` bytes into its pages: as they lie there, or copied side by side. Pages of a head lie
+// whole powers of two apart, where the first-level cache has no room for the same bytes of all of them: who reads
+// codes often and does little with them should copy.
+inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, bool copied, Room<uint8_t>& room) {
+  const int per_page = tile.page_size / kVector;
+  copied |= part.bits < 8;
+  uint8_t* copy = copied ? room.of(size_t(part.groups()) * kTile) : nullptr;
+  Codes codes;
+  codes.stride = size_t(copied ? kTile : tile.page_size);
+  codes.page_size = tile.page_size, codes.vectors = tile.pages * per_page;
   for (int p = 0; p < tile.pages; ++p) {
-    copy_codes(part, tile.page[p] + offset, codes + p * tile.page_size);
+    const uint8_t* data = tile.page[p] + offset;
+    if (copied) copy_codes(part, data, copy + p * tile.page_size);
+    for (int v = 0; v < per_page; ++v) {
+      codes.from[p * per_page + v] = (copied ? copy + p * tile.page_size : data) + v * kVector;
+    }
   }
-  return {codes, tile.page_size, tile.tokens() / kVector};
+  return codes;
 }
 
 inline Next next_of(const Tile& tile, size_t page_bytes, int width) {
@@ -71,7 +82,7 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
       round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
     }
   }
-  const Codes codes = codes_of(tile, key.codes, 0, l.codes);
+  const Codes codes = codes_of(tile, key.codes, 0, key.codes.channels >= 4, l.codes);
   const int per_page = tile.page_size / kVector;
   constexpr size_t kStride = kTurned * 128;
   int16_t* turned = l.turned.of(kPairs * kStride);
@@ -125,7 +136,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
   if (key.inv_freq) {
     score_turned(r, plan, q, tile, angle, s, l);
   } else {
-    score_codes(codes_of(tile, key.codes, 0, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
+    score_codes(codes_of(tile, key.codes, 0, false, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
     for (int i = 0; i < q.rows; ++i) sums[i] = l.rows[i].sum;
   }
   for (int p = 0; p < tile.pages; ++p) {
@@ -164,7 +175,7 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
       store(out + c, fma(set(totals[i]), load(tables.middles() + c), load(out + c)));
     }
   }
-  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
+  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), false, l.codes);
   add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
 }
 
