@@ -18,6 +18,7 @@ from bitkv.codecs import Affine, Coupled, Sample, Unquantized
 from bitkv.evaluation.protocols import Subject, cut
 from bitkv.integrations.transformers import PackedCache
 from bitkv.integrations.transformers.gather import gather
+from bitkv.integrations.transformers.fingerprint import weights_digest
 from bitkv.integrations.transformers.rope import rope_of
 from bitkv.recipe import Recipe, as_recipe
 from bitkv.rope import Rope
@@ -234,7 +235,8 @@ def test_codebooks_that_would_learn_the_text_by_heart_are_warned_of(model, token
         calibrate(model, tokenizer, [CQ], few)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        calibrate(model, tokenizer, [CQ], enough)
+        [fitted] = calibrate(model, tokenizer, [CQ], enough)
+    assert fitted.calibration is not None
 
 
 def test_the_source_says_what_was_read():
@@ -337,8 +339,11 @@ def test_a_recipe_for_another_model_is_refused(saved_model, fitted):
 
 def test_the_weights_of_a_model_are_the_same_in_bfloat16(saved_model, fitted):
     model = load(saved_model).bfloat16()
+    assert weights_digest(model, 0) == fitted.calibration.weights != ""
+    cache = PackedCache(model.config, fitted)
     with torch.no_grad():
-        model(torch.randint(2, 258, (1, 8)), past_key_values=PackedCache(model.config, fitted))
+        model(torch.randint(2, 258, (1, 8)), past_key_values=cache)
+    assert cache.get_seq_length() == 8
 
 
 def test_a_saved_cache_is_refused_by_a_recipe_of_equal_text_that_learned_otherwise(

@@ -349,7 +349,7 @@ def isa(request) -> Iterator[str]:
         yield request.param
 
 
-def same(got, expected) -> None:
+def assert_same(got, expected) -> None:
     for x, y in zip(got, expected, strict=True):
         assert torch.equal(x, y)
         assert x[x.isfinite()].any()
@@ -364,7 +364,7 @@ def test_memory_beyond_valid_data_is_never_used(pair, isa):
     pages = torch.cat([view.pages, torch.full_like(view.pages[:3], 0xFF)])
     table = torch.nn.functional.pad(view.block_table, (0, 5))
     table[torch.arange(table.shape[1]) >= used[:, None]] = len(pages) - 1
-    same(attend(case.q, replace(view, pages=pages, block_table=table), backend="cpu"), expected)
+    assert_same(attend(case.q, replace(view, pages=pages, block_table=table), backend="cpu"), expected)
 
 
 @EACH_PAIR
@@ -374,7 +374,7 @@ def test_pages_may_lie_anywhere(pair, isa):
     moved = torch.empty_like(case.view.pages)
     moved[order] = case.view.pages
     view = replace(case.view, pages=moved, block_table=order[case.view.block_table.long()].int())
-    same(attend(case.q, view, backend="cpu"), attend(case.q, case.view, backend="cpu"))
+    assert_same(attend(case.q, view, backend="cpu"), attend(case.q, case.view, backend="cpu"))
 
 
 @EACH_PAIR
@@ -385,7 +385,7 @@ def test_results_do_not_depend_on_the_number_of_threads(pair, isa):
         torch.set_num_threads(count)
         results.append(attend(case.q, case.view, backend="cpu"))
     torch.set_num_threads(before)
-    same(*results)
+    assert_same(*results)
 
 
 def test_tables_follow_a_codebook_that_changes(isa):
@@ -448,7 +448,7 @@ def test_attention_compiles_into_one_graph(pair):
     def run(q: Tensor) -> tuple[Tensor, Tensor]:
         return BACKENDS["cpu"].run(replace(made, q=q * 1))
 
-    same(torch.compile(run, fullgraph=True, backend="aot_eager")(made.q), expected)
+    assert_same(torch.compile(run, fullgraph=True, backend="aot_eager")(made.q), expected)
 
 
 # --- encoding ----------------------------------------------------------------------------------------
