@@ -17,8 +17,8 @@ from bitkv.cli import main
 from bitkv.codecs import Affine, Coupled, Sample, Unquantized
 from bitkv.evaluation.protocols import Subject, cut
 from bitkv.integrations.transformers import PackedCache
-from bitkv.integrations.transformers.gather import gather
 from bitkv.integrations.transformers.fingerprint import weights_digest
+from bitkv.integrations.transformers.gather import gather
 from bitkv.integrations.transformers.rope import rope_of
 from bitkv.recipe import Recipe, as_recipe
 from bitkv.rope import Rope

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bitkv import native
 from bitkv.attention import BACKENDS, AttentionRequest, attend
-from bitkv.codecs import Affine, Codec, Coupled, Sample, Unquantized
+from bitkv.codecs import Affine, Codec, Coupled, Sample, Spectral, Unquantized
 from bitkv.codecs.clustering import nearest
 from bitkv.layer import PagedLayer
 from bitkv.pages import CodebookFormat, CodedTensor
@@ -47,6 +47,15 @@ def coupled(
     places = torch.arange(tokens)
     sample = Sample(site, x, places, torch.ones_like(x), None, rope_of(head_dim // 2))
     return Coupled(channels, bits, "uniform", rope).calibrate(sample)
+
+
+@cache
+def spectral(bits: float, head_dim: int, site: str) -> Codec:
+    """A codec whose pages are wider than the head."""
+    draw = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 1000, head_dim, generator=draw) * torch.linspace(0.2, 3, head_dim)
+    gradient = torch.randn(2, 1000, head_dim, generator=draw)
+    return Spectral(bits).calibrate(Sample(site, x, torch.arange(1000), gradient, None, None))
 
 
 @dataclass
@@ -238,6 +247,7 @@ PAIRS = {
     "8c10b before": lambda d: (coupled(8, 10, d, rope="before", site="key"), coupled(8, 10, d)),
     "4c6b keys": lambda d: (coupled(4, 6, d, site="key"), Affine(2, "token", "page")),
     "2c8b values": lambda d: (Affine(2, "channel"), coupled(2, 8, d)),
+    "spectral": lambda d: (spectral(1.5, d, "key"), spectral(1, d, "value")),
 }
 EACH_PAIR = pytest.mark.parametrize("pair", PAIRS)
 

@@ -16,7 +16,7 @@ from bitkv.pages import LANES, AffineFormat, CodebookFormat, PartFormat, Site
 from bitkv.shared import Shared
 from bitkv.view import CacheView
 
-_LARGEST_HEAD_DIM = 256
+_LARGEST_HEAD_DIM, _LARGEST_WIDTH = 256, 512  # kColumns and kWidth in csrc/rows.h
 _PAGE_SIZE_AT = {6: 1, 5: 3}  # in `AffineFormat.numbers` and `CodebookFormat.numbers`
 _Numbers = tuple[tuple[int, ...], tuple[int, int, int], tuple[int, int, float], int]
 
@@ -183,8 +183,8 @@ def _refuse_part(part: PartFormat, shared: Shared) -> str | None:
         return f"it got a {type(part).__name__}, and takes affine codes and codebooks"
     if width != held:
         return f"it got a linear map of {width} numbers over pages of {held}, and takes as many of both"
-    if width % LANES or width > _LARGEST_HEAD_DIM:
-        limits = f"multiples of {LANES} up to {_LARGEST_HEAD_DIM}"
+    if width % LANES or width > _LARGEST_WIDTH:
+        limits = f"multiples of {LANES} up to {_LARGEST_WIDTH}"
         return f"it got {width} numbers of a token, and takes {limits}"
     return None
 

@@ -33,7 +33,8 @@ from bitkv.rope import Rope
 from bitkv.shared import PLAIN, Shared
 
 _INDEX_BITS = 8
-_LONGEST_RUN = 16  # coordinates that one index may stand for; shorter runs are padded with zeros
+_RUNS = (16, 8, 4, 2, 1)  # coordinates that one index may stand for; shorter runs are padded with zeros
+_WIDTH, _WHOLE = 512, 16  # the padded width that kernels take at most, and a multiple of what
 _RIDGE = (
     0.3  # of the mean information, added to all: directions the text never needed cost something too
 )
@@ -53,6 +54,7 @@ class Spectral(Codec):
     rope: RopeSite = "after"
 
     learns = True
+    takes_nearest = True
 
     def __post_init__(self) -> None:
         require_between(self, "bits", 0.5, 8)
@@ -65,10 +67,9 @@ class Spectral(Codec):
     def part_format(
         self, site: Site, *, head_dim: int, page_size: int, dtype: torch.dtype, layout: str = "strided"
     ) -> CodebookFormat:
-        width = _LONGEST_RUN * self._indices(head_dim)
-        return CodebookFormat(
-            site, _INDEX_BITS, _LONGEST_RUN, head_dim, page_size, width=width, layout=layout
-        )
+        run = self._longest_run(head_dim)
+        width = run * self._indices(head_dim)
+        return CodebookFormat(site, _INDEX_BITS, run, head_dim, page_size, width=width, layout=layout)
 
     def _indices(self, head_dim: int) -> int:
         """Of a token.
@@ -77,16 +78,22 @@ class Spectral(Codec):
             ValueError: no whole number, or too few for the longest runs.
         """
         count = head_dim * self.bits / _INDEX_BITS
-        if count != int(count) or not head_dim / _LONGEST_RUN <= count <= head_dim:
+        if count != int(count) or not head_dim / _RUNS[0] <= count <= head_dim:
             raise ValueError(
                 f"{self.bits} bits of {head_dim} channels are {count:g} indices of {_INDEX_BITS} bits; "
-                f"pass a multiple of {_INDEX_BITS / head_dim:g}, {_INDEX_BITS / _LONGEST_RUN:g} to "
+                f"pass a multiple of {_INDEX_BITS / head_dim:g}, {_INDEX_BITS / _RUNS[0]:g} to "
                 f"{_INDEX_BITS}"
             )
         return int(count)
 
+    def _longest_run(self, head_dim: int) -> int:
+        """Coordinates that an index has room for: as many as kernels take."""
+        count = self._indices(head_dim)
+        fitting = (n for n in _RUNS if head_dim <= n * count <= _WIDTH and n * count % _WHOLE == 0)
+        return next(fitting, _RUNS[0])
+
     def shared(self, site: Site, *, heads: int, head_dim: int, rope: Rope | None = None) -> Shared:
-        width = _LONGEST_RUN * self._indices(head_dim)
+        width = self._longest_run(head_dim) * self._indices(head_dim)
         return Shared(
             codebook=self.learned_tensor("codebook", (heads, self._indices(head_dim))).float(),
             project=self.learned_tensor("project", (heads, width, head_dim)),
@@ -107,14 +114,17 @@ class Spectral(Codec):
     def _fit(self, x: Tensor, gradient: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codebook, `project` and `restore` of one head's tokens `[N, D]`."""
         axes = principal_axes(x.double(), gradient.double())
-        sizes = cut(axes.variances.tolist(), self._indices(x.shape[1]), _INDEX_BITS)
-        place = _places(sizes).to(x.device)  # [W, D]: each coordinate at its place, zeros in between
+        run = self._longest_run(x.shape[1])
+        sizes = cut(axes.variances.tolist(), self._indices(x.shape[1]), run, _INDEX_BITS)
+        place = _places(sizes, run).to(
+            x.device
+        )  # [W, D]: each coordinate at its place, zeros in between
         project, restore = place @ axes.project, axes.restore @ place.T
-        points = in_groups((x.double() @ project.T).float()[None], _LONGEST_RUN)
+        points = in_groups((x.double() @ project.T).float()[None], run)
         points = points[..., : max(sizes)]  # behind these there are zeros
         weights = axes.weights.float().expand(len(points), -1)
         codebook = kmeans(points, 1 << _INDEX_BITS, weights=weights, seed=seed)
-        codebook = torch.nn.functional.pad(codebook, (0, _LONGEST_RUN - max(sizes)))
+        codebook = torch.nn.functional.pad(codebook, (0, run - max(sizes)))
         return codebook, project.float(), restore.float()
 
 
@@ -151,7 +161,7 @@ def principal_axes(x: Tensor, gradient: Tensor) -> Axes:
     return Axes(axes.T @ stretch, shrink @ axes, variances, weights)
 
 
-def cut(variances: list[float], runs: int, bits: int) -> list[int]:
+def cut(variances: list[float], runs: int, longest: int, bits: int) -> list[int]:
     """Lengths of `runs` runs of sorted coordinates, with the least error that `bits` bits each leave."""
     total = len(variances)
     logs = [0.0]
@@ -167,7 +177,7 @@ def cut(variances: list[float], runs: int, bits: int) -> list[int]:
     for _ in range(runs):
         found = [
             min(
-                ((least[i] + error(i, stop), i) for i in range(max(0, stop - _LONGEST_RUN), stop)),
+                ((least[i] + error(i, stop), i) for i in range(max(0, stop - longest), stop)),
                 default=(math.inf, 0),
             )
             for stop in range(total + 1)
@@ -181,12 +191,12 @@ def cut(variances: list[float], runs: int, bits: int) -> list[int]:
     return sizes[::-1]
 
 
-def _places(sizes: list[int]) -> Tensor:
-    """float64 `[16 * runs, D]`: where a run's coordinates lie among those of its index."""
-    place = torch.zeros(_LONGEST_RUN * len(sizes), sum(sizes), dtype=torch.float64)
+def _places(sizes: list[int], room: int) -> Tensor:
+    """float64 `[room * runs, D]`: where a run's coordinates lie among those of its index."""
+    place = torch.zeros(room * len(sizes), sum(sizes), dtype=torch.float64)
     first = 0
     for run, size in enumerate(sizes):
         for i in range(size):
-            place[run * _LONGEST_RUN + i, first + i] = 1
+            place[run * room + i, first + i] = 1
         first += size
     return place

@@ -228,7 +228,7 @@ struct RowTables {
 inline void tabulate_row(const Side& side, int head, const float* x, float* room, RowTables& row) {
   const Tables tables(side, TableKind::keys, head);
   const int channels = side.codes.channels, groups = side.codes.groups();
-  float lows[kColumns], total = 0, widest = 0, error = 0;
+  float lows[kWidth], total = 0, widest = 0, error = 0;
   row.offset = row.sum = 0;
   for (int g = 0; g < groups; ++g) {
     F low = set(FLT_MAX), high = set(-FLT_MAX);

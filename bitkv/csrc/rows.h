@@ -13,6 +13,7 @@ namespace bitkv::BITKV_ISA {
 
 constexpr int kRows = 32;      // query rows that share a pass over a page
 constexpr int kColumns = 256;  // channels of a head or tokens of a page, at most
+constexpr int kWidth = 512;    // numbers of a token that pages code, at most: a linear map may give more than channels
 constexpr int kTokens = 128;   // tokens of a page, at most
 constexpr int kTileTokens = 1024;        // whose scores are kept together, at most
 constexpr int kTile = kTileTokens + 64;  // between rows of them: powers of two would share cache sets
@@ -87,11 +88,11 @@ struct Scratch {
   Numbers numbers;
   alignas(64) uint8_t tables[kMaxH][kColumns * 4];  // for 1-bit codes: the sums of each choice of a quad
   Units of_weights, of_queries;
-  alignas(64) float x[kRows][kColumns], out[kRows][kColumns];
+  alignas(64) float x[kRows][kColumns], out[kRows][kWidth];
   alignas(64) float scaled[kMaxH][kColumns];
   alignas(64) float scores[kRows][kTile], weights[kRows][kTile];
-  alignas(64) float mapped[kRows][kColumns];                           // queries as pages need them
-  alignas(64) float decoded[kTokens * kColumns], restored[kTokens * kColumns];  // tokens of a page
+  alignas(64) float mapped[kRows][kWidth];                                    // queries as pages need them
+  alignas(64) float decoded[kTokens * kWidth], restored[kTokens * kColumns];  // tokens of a page
   float offset[kRows];
 };
 
