@@ -26,6 +26,10 @@ class Shared:
     restore: Tensor | None = None
     rope: Rope | None = None
 
+    def __deepcopy__(self, memo: object) -> "Shared":
+        """Itself: nobody changes it, and kernels keep tables for its codebook."""
+        return self
+
     @property
     def is_plain(self) -> bool:
         """Whether pages hold codes of the tokens themselves, so that a format says everything."""

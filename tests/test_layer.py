@@ -1,5 +1,6 @@
 """One layer: append, crop and gather, against what a plain list of tokens would do."""
 
+import copy
 import itertools
 import weakref
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitkv.codecs import Affine, Unquantized
+from bitkv.codecs import Affine, Coupled, Sample, Unquantized
 from bitkv.layer import PagedLayer
 
 HEADS, HEAD_DIM, PAGE, SINKS, RECENT = 2, 64, 64, 4, 32
@@ -436,3 +437,21 @@ def test_a_head_dim_that_the_codec_cannot_group_is_refused_and_the_layer_stays_e
         layer.append(k, k)
     assert layer.is_empty
     assert layer.nbytes == 0
+
+
+def test_copies_of_a_layer_share_what_its_pages_share():
+    x = torch.randn(2, 600, 64)
+    sample = Sample("value", x, torch.arange(600), torch.ones_like(x), None, None)
+    layer = PagedLayer(
+        Affine(2, "channel"),
+        Coupled(4, 4, "uniform").calibrate(sample),
+        num_sink_tokens=4,
+        recent_tokens=64,
+        page_size=64,
+    )
+    layer.append(*torch.randn(2, 1, 2, 300, 64))
+    other = copy.deepcopy(layer)
+    assert other.view().value.codebook is layer.view().value.codebook
+    assert other.value is layer.value
+    assert other.pool.data.data_ptr() != layer.pool.data.data_ptr()
+    assert torch.equal(other.materialize()[1], layer.materialize()[1])

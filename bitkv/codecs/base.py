@@ -44,6 +44,10 @@ class Codec(ABC):
                 words.append(repr(value) if len(words) == i else f"{f.name}={value!r}")
         return f"{type(self).__name__}({', '.join(words)})"
 
+    def __deepcopy__(self, memo: object) -> Self:
+        """Itself: nobody changes it, nor what it has learned."""
+        return self
+
     @property
     def centroids(self) -> int:
         """Entries of a codebook that it learns, 0 if none."""
