@@ -237,6 +237,12 @@ def speed() -> str:
     return markdown(headings, lines)
 
 
+def codebooks() -> str:
+    """Milliseconds, and what part of the read bandwidth, of recipes with codebooks."""
+    chosen = [row for row in attended("codebooks") if not is_rival(row)]
+    return by_context(chosen, lambda row: f"{row['ms']:.3g} ({row['fraction_of_bandwidth']:.0%})")
+
+
 def threads() -> str:
     """Fewest threads against most."""
     measured = attended("threads")
@@ -366,6 +372,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "bandwidth": bandwidth,
     "speedup": speedup,
+    "codebooks": codebooks,
     "threads": threads,
     "batch": batch,
     "append": append,

@@ -49,6 +49,10 @@ SPEED = (
     "quick2",
     "quick1",
 )
+CODEBOOKS = (
+    *(f"Recipe(Coupled({c}, 8, rope='after'), Coupled({c}, 8))" for c in (2, 4, 8)),
+    *("cq(2, 8)", "cq(4, 8)", "cq(8, 8)", "best2", "best1.25", "affine(2, 'page')"),
+)
 PACKING = (*SPEED, "fp16", "affine(4, 32, 'mse')", "affine(2, 32, 'mse')", "affine(1, 32, 'mse')")
 
 
@@ -78,6 +82,10 @@ COMMANDS: dict[str, list[str]] = {
     "attention": [
         *("bench", "attention", "--full", *_named(SPEED)),
         *("--context", "4096", "16384", "65536", "131072", "262144", "1048576"),
+    ],
+    # codecs that learn have learned Gaussian data here: speed does not depend on it
+    "codebooks": [
+        *("bench", "attention", "--full", *_named(CODEBOOKS), "--context", "32768", "131072"),
     ],
     "threads": [
         *("bench", "attention", "--full", *_named(SPEED)),

@@ -358,8 +358,8 @@ def test_each_index_names_the_nearest_entry():
         ((0, 8), "Coupled: channels 0 is not supported; use 1 to 32"),
         ((8, 13), "Coupled: bits 13 is not supported; use 1 to 12"),
         ((8, True), "Coupled: bits True is not supported; use 1 to 12"),
-        ((8, 8, "hessian"), "Coupled: weights 'hessian' is not supported; use fisher, uniform"),
-        ((8, 8, "fisher", "within"), "Coupled: rope 'within' is not supported; use before, after"),
+        ((8, 8, "hessian"), "Coupled: weights 'hessian' is not supported; use 'fisher', 'uniform'"),
+        ((8, 8, "fisher", "within"), "Coupled: rope 'within' is not supported; use 'before', 'after'"),
     ],
 )
 def test_couplings_that_cannot_be_are_refused_with_a_sentence(arguments, sentence):

@@ -13,6 +13,7 @@ from typing import Literal, Self, get_args
 import torch
 from torch import Tensor
 
+from bitkv.codecs.arguments import require
 from bitkv.codecs.base import Codec
 from bitkv.codecs.clustering import kmeans, nearest
 from bitkv.codecs.sample import Sample
@@ -44,20 +45,10 @@ class Coupled(Codec):
     takes_nearest = True
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("channels", range(1, 33)),
-            ("bits", range(1, 13)),
-            ("weights", get_args(Weights)),
-            ("rope", get_args(RopeSite)),
-        ):
-            value = getattr(self, name)
-            if value not in allowed or isinstance(value, (bool, float)):
-                choices = (
-                    f"{allowed[0]} to {allowed[-1]}"
-                    if isinstance(allowed, range)
-                    else ", ".join(allowed)
-                )
-                raise ValueError(f"Coupled: {name} {value!r} is not supported; use {choices}")
+        require(self, "channels", range(1, 33))
+        require(self, "bits", range(1, 13))
+        require(self, "weights", get_args(Weights))
+        require(self, "rope", get_args(RopeSite))
 
     @property
     def centroids(self) -> int:
