@@ -10,7 +10,8 @@ OURS = ("best4", "best2", "best1.5", "best1.25", "best1", "quick2", "quick1")
 PUBLISHED = (
     *("kivi4", "kivi2", "qserve4", "quarot(4)", "quarot(2)", "rotatekv2", "kvquant(2)", "kvquant(1)"),
     *("turboquant(4)", "turboquant(2)", "turboquant(1)", "qjl", "kitty", "nsn(2)", "nsn(1)", "tasq"),
-    *("vecinfer(4, 8)", "cq(2, 8)", "cq(4, 8)", "cq(8, 10)", "cq(8, 8)", "asymkv(4, 0)", "asymkv(0, 4)"),
+    *("vecinfer(4, 8)", "cq(2, 8)", "cq(4, 8)", "cq(8, 10)", "cq(8, 8)", "cq(8, 8, 'uniform')"),
+    *("asymkv(4, 0)", "asymkv(0, 4)"),
 )
 SHOWN = (
     *OURS,

@@ -82,7 +82,7 @@ PRESETS: dict[str, Preset] = {
         "affine(2, 32, 'mse')",
     ),
     "cq": Preset(
-        lambda channels, bits: _of(methods.Coupled(channels, bits)),
+        lambda channels, bits, weights="fisher": _of(methods.Coupled(channels, bits, weights)),
         "CQ, arXiv 2405.03917",
         "channels coupled under one learned index; keys before the rotary embedding",
         "cq(8, 8)",
