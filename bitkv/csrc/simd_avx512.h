@@ -116,6 +116,7 @@ inline B pack(I a, I b, I c, I d) {
   return {_mm512_permutexvar_epi32(order, mixed)};
 }
 inline void store_bytes(void* p, B a) { _mm512_storeu_si512(p, a.v); }
+inline B operator+(B a, B b) { return {_mm512_add_epi8(a.v, b.v)}; }
 // acc + the bytes of each lane
 template <bool kUnsigned>
 inline I add_bytes(I acc, B a) {
@@ -155,6 +156,29 @@ inline B lookup(B tables, B index) {  // VBMI, which not every CPU with VNNI has
   B r;
   asm("vpermb %1, %2, %0" : "=v"(r.v) : "v"(tables.v), "v"(index.v));
   return r;
+}
+
+// The same from 64 numbers: sums of the choices of pairs first, then those of quads from these.
+inline void choices_of_sixteen_quads(const int8_t* numbers, uint8_t* tables) {
+  const B x = load_bytes(numbers);
+  // byte 4k + c of a quarter: numbers k and 4 + k, or 8 + k and 12 + k, as c has bits for them; 128: neither
+  const auto chosen = [&](int32_t first, int32_t second) {
+    const __m128i k = _mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303);
+    const auto index = [&](int32_t from) { return _mm512_broadcast_i32x4(_mm_adds_epu8(k, _mm_set1_epi32(from))); };
+    return B{_mm512_shuffle_epi8(x.v, index(first))} + B{_mm512_shuffle_epi8(x.v, index(second))};
+  };
+  const B pairs = chosen(int32_t(0x00800080), int32_t(0x04048080)), others = chosen(int32_t(0x08800880), int32_t(0x0c0c8080));
+  const __m512i quad = _mm512_set_epi32(0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x0c0c0c0c, 0x08080808, 0x08080808,
+                                        0x08080808, 0x08080808, 0x04040404, 0x04040404, 0x04040404, 0x04040404,
+                                        0, 0, 0, 0);
+  const __m512i low = _mm512_set1_epi32(0x03020100);
+  const __m512i high = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x01010101, 0x02020202, 0x03030303));
+  B of_pairs{_mm512_add_epi8(quad, low)}, of_others{_mm512_add_epi8(quad, high)};
+  const B quarter{_mm512_set1_epi8(16)};
+  for (int g = 0; g < 4; ++g) {
+    store_bytes(tables + g * 64, lookup(pairs, of_pairs) + lookup(others, of_others));
+    of_pairs = of_pairs + quarter, of_others = of_others + quarter;
+  }
 }
 
 // The sums, or largest lanes, of four vectors at once.

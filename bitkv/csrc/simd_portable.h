@@ -148,7 +148,9 @@ constexpr bool kHasLookup = false;
 F sums_of_quads(F);
 B entries(B);
 B lookup(B, B);
+B operator+(B, B);
 void choices_of_quads(const int8_t*, uint8_t*);
+void choices_of_sixteen_quads(const int8_t*, uint8_t*);
 
 inline void sums(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = sum(x[i]); }
 inline void maxima(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = max(x[i]); }
