@@ -39,7 +39,7 @@ class Gathered:
 
 
 @dataclass(frozen=True, eq=False)
-class _Recorded:
+class Recorded:
     """Attention of one layer: tensors as the model has them, `[1, H, T, D]`; out is `[1, T, Hq, D]`."""
 
     q: Tensor
@@ -89,7 +89,7 @@ def gather(
 
 
 @torch.no_grad()
-def late_gradients(x: _Recorded, late: int) -> tuple[Tensor, Tensor]:
+def late_gradients(x: Recorded, late: int) -> tuple[Tensor, Tensor]:
     """Gradients `[Hkv, T, D]` of the loss by keys and by values, through late queries alone.
 
     What a token's own neighbourhood reads of it never comes from a page, and it is most of the gradient:
@@ -116,9 +116,9 @@ def late_gradients(x: _Recorded, late: int) -> tuple[Tensor, Tensor]:
 
 
 @contextmanager
-def _recording(model: Any, layers: set[int]) -> Iterator[dict[int, _Recorded]]:
+def _recording(model: Any, layers: set[int]) -> Iterator[dict[int, Recorded]]:
     """The attention of a forward, by layer."""
-    recorded: dict[int, _Recorded] = {}
+    recorded: dict[int, Recorded] = {}
 
     def forward(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
@@ -128,7 +128,7 @@ def _recording(model: Any, layers: set[int]) -> Iterator[dict[int, _Recorded]]:
             for x in (key, value, out):
                 x.retain_grad()
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            recorded[module.layer_idx] = _Recorded(query, key, value, out, mask, scale)
+            recorded[module.layer_idx] = Recorded(query, key, value, out, mask, scale)
         return out, None
 
     AttentionInterface.register(NAME, forward)
