@@ -55,6 +55,12 @@ RECALL_COMMAND = (
     *("--length", "4096", "--samples", "40", "--seeds", "3"),
 )
 
+STRESS_RECALLED = ("best2", "best1.5", "best1.25", "best1", "tasq", "vecinfer(4, 8)")
+STRESS_RECALL_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--stress", "--task", "needle"),
+    *("--length", "4096", "--samples", "20", "--seeds", "3", "--calibration-tokens", "16384"),
+)
+
 # the paper's prefixes at the budgets where another allocation was found
 PREFIXES = ((3, 0), (2, 1), (4, 1), (3, 2), (4, 2), (3, 3), (4, 3))
 

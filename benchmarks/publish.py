@@ -365,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods_short": lambda: methods.short_table(rows("methods"), markdown),
     "methods_stress": lambda: methods.short_table(rows("methods_stress"), markdown, every=True),
     "methods_recall": lambda: methods.recall_table(rows("methods_recall"), markdown),
+    "methods_stress_recall": lambda: methods.recall_table(rows("methods_stress_recall"), markdown),
     "allocation": lambda: methods.allocation_table(rows("allocation"), markdown),
     "demo": lambda: generate("generate"),
     "prefill": lambda: generate("prefill"),
