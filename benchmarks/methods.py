@@ -37,11 +37,57 @@ RECIPES = (*PUBLISHED, *LEVELS, *OURS)
 STRESSED = (
     *("kivi4", "kivi2", "quarot(4)", "quarot(2)", "rotatekv2", "kvquant(2)", "turboquant(4)"),
     *("turboquant(2)", "kitty", "nsn(1)", "tasq", "cq(2, 8)", "cq(4, 8)", "cq(8, 8)", *OURS),
+    *("cq(8, 8, 'uniform')", "cq(8, 10)", "kvquant(1)", "vecinfer(4, 8)", "nsn(2)", "turboquant(1)"),
 )
 STRESS_COMMAND = (
     *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--tokens", "4096", "--stress"),
     *("--task", "agreement", "needle", "--length", "4096", "--samples", "20"),
     *("--calibration-tokens", "16384"),
+)
+
+# recall that means something at the bits where methods differ: three seeds, 120 prompts
+RECALLED = (
+    *("cq(8, 8)", "cq(8, 8, 'uniform')", "cq(8, 10)", "nsn(1)", "tasq", "kvquant(1)", "cq(4, 8)"),
+    *("vecinfer(4, 8)", "best2", "best1.5", "best1.25", "best1"),
+)
+RECALL_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--task", "needle"),
+    *("--length", "4096", "--samples", "40", "--seeds", "3"),
+)
+
+STRESS_RECALLED = ("best2", "best1.5", "best1.25", "best1", "tasq", "vecinfer(4, 8)")
+STRESS_RECALL_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--stress", "--task", "needle"),
+    *("--length", "4096", "--samples", "20", "--seeds", "3", "--calibration-tokens", "16384"),
+)
+
+# the paper's prefixes at the budgets where another allocation was found
+PREFIXES = ((3, 0), (2, 1), (4, 1), (3, 2), (4, 2), (3, 3), (4, 3))
+
+
+def _two_bits(keys: Sequence[int], values: Sequence[int], num_layers: int = 4) -> str:
+    """AsymKV's codecs with 2 bits for the keys and the values of some layers, 1 bit elsewhere."""
+    key, value = (
+        ", ".join(f"Affine({2 if i in layers else 1}, '{granularity}', 32)" for i in range(num_layers))
+        for layers, granularity in ((keys, "channel"), (values, "token"))
+    )
+    return f"Recipe(({key}), ({value}))"
+
+
+# `bitkv tune --codecs asymkv --tokens 4096` with --bits 2.375, 2.625, 2.75 and 2.875
+FOUND = {
+    _two_bits(*layers): f"keys {layers[0]}, values {layers[1]}"
+    for layers in (
+        ((0, 1, 3), ()),
+        ((0, 1, 2, 3), (1,)),
+        ((0, 1, 2, 3), (1, 3)),
+        ((0, 1, 2, 3), (0, 1, 3)),
+    )
+}
+ALLOCATED = (*(f"asymkv({lk}, {lv})" for lk, lv in PREFIXES), *FOUND)
+ALLOCATION_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--tokens", "4096"),
+    *("--task", "agreement", "needle", "--length", "4096", "--samples", "20", "--seeds", "3"),
 )
 
 Rows = list[dict[str, Any]]
@@ -55,7 +101,7 @@ def table(rows: Rows, markdown: Callable[..., str]) -> str:
     names = sorted(kl, key=lambda name: kl[name]["packed_bits_per_element"])
     lines = [
         [
-            f"**`{name}`**" if name in OURS else f"`{name}`",
+            _name(name),
             f"{kl[name]['packed_bits_per_element']:.2f}",
             f"{kl[name]['codebook_bytes'] / 1e6:.2f}" if kl[name]["codebook_bytes"] else "–",
             f"{loss[name]['delta_nats']:+.3f}",
@@ -82,7 +128,7 @@ def short_table(rows: Rows, markdown: Callable[..., str], *, every: bool = False
     )
     lines = [
         [
-            f"**`{name}`**" if name in OURS else f"`{name}`",
+            _name(name),
             f"{kl[name]['packed_bits_per_element']:.2f}",
             f"{kl[name]['kl_mean']:.4f}",
             f"{kl[name]['top1']:.1%}",
@@ -93,18 +139,58 @@ def short_table(rows: Rows, markdown: Callable[..., str], *, every: bool = False
     return markdown(["recipe", "bits", "KL", "top-1", "needle 4K"], lines)
 
 
+def recall_table(rows: Rows, markdown: Callable[..., str]) -> str:
+    """Needles found, with intervals."""
+    ordered = sorted(rows, key=lambda row: row["packed_bits_per_element"])
+    lines = [
+        [
+            "16 bits" if row["recipe"] == "stock" else _name(row["recipe"]),
+            "–" if row["recipe"] == "stock" else f"{row['packed_bits_per_element']:.2f}",
+            f"{row['hits']} of {row['samples']}",
+            f"{row['exact_match']:.1%}",
+            f"{row['low']:.0%}–{row['high']:.0%}",
+        ]
+        for row in ordered
+    ]
+    return markdown(["recipe", "bits", "found", "needle 4K", "95 % interval"], lines)
+
+
+def allocation_table(rows: Rows, markdown: Callable[..., str]) -> str:
+    """AsymKV's prefixes and what `bitkv tune` found, budget by budget."""
+    kl, needle = (
+        {row["recipe"]: row for row in rows if row["task"] == task} for task in ("agreement", "needle")
+    )
+    lines = [
+        [
+            f"**2 bits: {FOUND[name]}**" if name in FOUND else f"`{name}`",
+            f"{row['packed_bits_per_element']:.3f}",
+            f"{row['kl_mean']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{needle[name]['exact_match']:.0%}",
+        ]
+        for name, row in sorted(kl.items(), key=lambda item: item[1]["packed_bits_per_element"])
+    ]
+    return markdown(["recipe", "bits", "KL", "top-1", "needle 4K"], lines)
+
+
+def _name(recipe: str) -> str:
+    return f"**`{recipe}`**" if recipe in OURS else f"`{recipe}`"
+
+
 def picture(plain: Rows, stressed: Rows, path: Path) -> None:
     """KL divergence and needle recall against measured bits, ours and all others."""
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    titles = ("KL to 16 bits", "The same with outlier channels", "Needle recall at 4,096 tokens")
+    figure, grid = plt.subplots(2, 2, figsize=(13, 9), layout="constrained")
+    panels = list(grid.flat)
+    titles = ("KL to 16 bits", "Needle recall at 4,096 tokens")
+    titles = (*titles, *(f"{title}, with outlier channels" for title in titles))
     chosen = [
-        ([row for row in plain if row["task"] == "agreement"], "kl_mean"),
-        ([row for row in stressed if row["task"] == "agreement"], "kl_mean"),
-        ([row for row in plain if row["task"] == "needle" and row["recipe"] != "stock"], "exact_match"),
+        ([row for row in rows if row["task"] == task and row["recipe"] != "stock"], field)
+        for rows in (plain, stressed)
+        for task, field in (("agreement", "kl_mean"), ("needle", "exact_match"))
     ]
     for axes, title, (rows, field) in zip(panels, titles, chosen, strict=True):
         _scatter(axes, rows, field)

@@ -75,6 +75,11 @@ COMMANDS: dict[str, list[str]] = {
     ],
     "methods": ["eval", *_named(methods.RECIPES), *methods.COMMAND],
     "methods_stress": ["eval", *_named(methods.STRESSED), *methods.STRESS_COMMAND],
+    "methods_recall": ["eval", *_named(methods.RECALLED), *methods.RECALL_COMMAND],
+    "methods_stress_recall": [
+        *("eval", *_named(methods.STRESS_RECALLED), *methods.STRESS_RECALL_COMMAND),
+    ],
+    "allocation": ["eval", *_named(methods.ALLOCATED), *methods.ALLOCATION_COMMAND],
     "recall": ["eval", *_named(RECIPES), "--task", "needle", "--samples", "60"],
     "levels": [*_LEVELS, "--dtype", "float32"],
     "levels16": [*_LEVELS, "--seed", "1"],

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from bitkv.codecs import Affine, Codec, Unquantized
     from bitkv.layer import PagedLayer
     from bitkv.pages import PageFormat, PartFormat
-    from bitkv.recipe import PRESETS, Recipe, Split, parse
+    from bitkv.recipe import PRESETS, Allocated, Recipe, Split, parse
     from bitkv.view import CacheView
 
 __version__ = "0.1.0"
@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 __all__ = [
     "PRESETS",
     "Affine",
+    "Allocated",
     "CacheView",
     "Codec",
     "PageFormat",
@@ -39,7 +40,7 @@ _HOMES = {
     "codecs": ("Affine", "Codec", "Unquantized"),
     "layer": ("PagedLayer",),
     "pages": ("PageFormat", "PartFormat"),
-    "recipe": ("PRESETS", "Recipe", "Split", "parse"),
+    "recipe": ("PRESETS", "Allocated", "Recipe", "Split", "parse"),
     "view": ("CacheView",),
 }
 

@@ -11,16 +11,17 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitkv.calibration import Reading, TooLittleText, calibrate, read, write
+from bitkv.calibration.allocation import allocated
 from bitkv.calibration.sensitivity import SITES, Sensitivity, alone_in, of_pairs, sensitivities
 from bitkv.calibration.tune import frontier, within
 from bitkv.cli import main
-from bitkv.codecs import Affine, Coupled, Sample, Unquantized
+from bitkv.codecs import Affine, Coupled, Sample, Spectral, Unquantized
 from bitkv.evaluation.protocols import Subject, cut
 from bitkv.integrations.transformers import PackedCache
 from bitkv.integrations.transformers.fingerprint import weights_digest
-from bitkv.integrations.transformers.gather import gather
+from bitkv.integrations.transformers.gather import Recorded, gather, late_gradients
 from bitkv.integrations.transformers.rope import rope_of
-from bitkv.recipe import Recipe, as_recipe
+from bitkv.recipe import Allocated, Recipe, as_recipe
 from bitkv.rope import Rope
 
 TEXT = "".join(f"{i}: the key of room {i} is {i * i % 97}.\n" for i in range(40))
@@ -96,6 +97,34 @@ def test_gathered_gradients_are_those_of_the_loss_of_every_next_token(model):
         torch.testing.assert_close(x.v_gradient.float(), gradient, rtol=1e-2, atol=1e-6)
 
 
+def test_late_gradients_are_those_through_late_queries_alone():
+    draw = torch.Generator().manual_seed(5)
+    q, k, v, slope = (torch.randn(1, h, 9, 8, generator=draw) for h in (4, 2, 2, 4))
+    k.requires_grad_()
+    v.requires_grad_()
+    wide = (x.repeat_interleave(2, dim=1) for x in (k, v))
+    out = torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True)
+    for late in (0, 1, 4, 9):
+        expected = torch.zeros_like(k), torch.zeros_like(v)
+        for row in range(9):  # a query at a time: its tokens of that age
+            loss = (out[:, :, row] * slope[:, :, row]).sum()
+            by_row = torch.autograd.grad(loss, (k, v), retain_graph=True)
+            for total, part in zip(expected, by_row, strict=True):
+                total[:, :, : max(row + 1 - late, 0)] += part[:, :, : max(row + 1 - late, 0)]
+        turned = out.detach().transpose(1, 2)
+        turned.grad = slope.transpose(1, 2)
+        found = late_gradients(Recorded(q, k, v, turned, None, 8**-0.5), late)
+        for x, y in zip(found, expected, strict=True):
+            torch.testing.assert_close(x, y[0])
+
+
+def test_every_gradient_is_late_where_nothing_is_kept(model):
+    x = gather(model, windows(), [1])[1]
+    torch.testing.assert_close(x.k_late, x.k_gradient, rtol=1e-2, atol=1e-6)
+    torch.testing.assert_close(x.v_late, x.v_gradient, rtol=1e-2, atol=1e-6)
+    assert not gather(model, windows(), [1], late=16)[1].k_late.any()
+
+
 def test_gathered_keys_are_those_of_the_cache(model):
     [ids] = windows(1)
     x = gather(model, ids[None], [1])[1]
@@ -111,7 +140,7 @@ def test_gathered_keys_are_those_of_the_cache(model):
 def test_the_first_tokens_of_each_window_are_left_out(model):
     every, some = (gather(model, windows(), [0], skip=skip)[0] for skip in (0, 5))
     assert torch.equal(some.positions, torch.arange(5, 16).repeat(2))
-    for name in ("q", "k", "v", "k_gradient", "v_gradient"):
+    for name in ("q", "k", "v", "k_gradient", "v_gradient", "k_late", "v_late"):
         parts = getattr(every, name).split(16, dim=1)
         assert torch.equal(getattr(some, name), torch.cat([x[:, 5:] for x in parts], 1))
 
@@ -476,6 +505,52 @@ def test_the_frontier_is_that_of_all_allocations(seed, objective):
     for budget in (x.bits_per_element + 0.01 for x in found):
         affordable = [loss for loss, size in every if size * 8 / 64 / halves <= budget]
         assert within(found, budget).predicted == min(affordable)
+
+
+def halves_that_cost(*costs: float):
+    """Layers of Gaussian keys and values, one pair of costs each: how large their gradients are."""
+    draw = torch.Generator().manual_seed(0)
+    for layer, pair in enumerate(zip(costs[::2], costs[1::2], strict=True)):
+        yield (
+            layer,
+            *(
+                Sample(
+                    site,
+                    *(torch.randn(1, 600, 32, generator=draw), torch.arange(600)),
+                    *(torch.ones(1, 600, 32), None, None),
+                    late=cost * torch.randn(1, 600, 32, generator=draw),
+                )
+                for site, cost in zip(SITES, pair, strict=True)
+            ),
+        )
+
+
+def test_bits_go_where_late_gradients_are_large_and_the_budget_is_kept():
+    recipe = Recipe(Allocated(Spectral(2)), Allocated(Spectral(1)), recent_tokens=0)
+    [made] = allocated([recipe], 2, halves_that_cost(1, 10, 100, 1))
+    rates = [codec.bits for pair in zip(made.key, made.value, strict=True) for codec in pair]
+    assert sum(rates) == 6
+    assert rates[2] > rates[1] > rates[0]
+    assert rates[0] == pytest.approx(rates[3], abs=0.25)
+
+
+def test_one_half_may_be_allocated_and_layers_without_tokens_keep_their_codec():
+    recipe = Recipe(Allocated(Spectral(1)), Spectral(2))
+    [made] = allocated([recipe], 3, halves_that_cost(1, 1, 100, 1))
+    assert made.value == recipe.value
+    assert made.key[0].bits + made.key[1].bits == 2
+    assert made.key[0].bits < made.key[1].bits
+    assert made.key[2] == Spectral(1)
+
+
+def test_calibration_chooses_rates_and_writes_them_into_the_recipe(model, tokenizer, tmp_path):
+    recipe = Recipe(Allocated(Spectral(1)), Allocated(Spectral(1)), 0, 8, 64)
+    reading = Reading(text=TEXT, tokens=512, window=64)
+    [made] = calibrate(model, tokenizer, [recipe], reading)
+    assert not made.learns
+    assert sum(codec.bits for codec in (*made.key, *made.value)) <= 2 * len(made.key)
+    write(made, tmp_path / "a.safetensors")
+    assert read(tmp_path / "a.safetensors") == made
 
 
 def test_a_budget_below_the_least_is_refused_with_both_numbers():

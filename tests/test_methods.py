@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -695,3 +696,19 @@ def test_tasq_spends_its_bits_where_queries_look():
     assert error[[1, 33]].mean() < 0.25 * error.mean()
     assert codec.learned["weight"].dtype == torch.float32
     assert codec.learned["codebook"].shape == (HEADS, 16, 256, 4)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 128])
+def test_spectral_codes_expect_less_loss_of_more_bits_and_gather_what_concentrates(head_dim):
+    draw = torch.Generator().manual_seed(0)
+    x, late = (torch.randn(2, 5000, head_dim, generator=draw) for _ in range(2))
+    sample = Sample("value", x, torch.arange(5000), torch.ones_like(x), None, None, late=late)
+    losses = Spectral(1).rates(sample)
+    counts = range(head_dim // 16, head_dim + 1)
+    assert [codec.bits for codec in losses] == [8 * n / head_dim for n in counts]
+    ordered = list(losses.values())
+    assert ordered[0] > ordered[len(ordered) // 2] > ordered[-1] > 0
+    few = late.clone()
+    few[:, 500:] = 0  # the same information on a tenth of the tokens
+    few *= (late.square().sum() / few.square().sum()).sqrt()
+    assert Spectral(1).rates(replace(sample, late=few))[Spectral(1)] > 2 * losses[Spectral(1)]

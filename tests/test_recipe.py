@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitkv.codecs import Affine, Unquantized
-from bitkv.recipe import PRESETS, Recipe, Split, load, parse
+from bitkv.recipe import PRESETS, Allocated, Recipe, Split, load, parse
 from bitkv.recipe.file import as_recipe
 
 PLAIN = [name for name, preset in PRESETS.items() if not preset.example]
@@ -31,7 +31,8 @@ def affine(*granularities: str) -> st.SearchStrategy:
 
 def codecs(*granularities: str) -> st.SearchStrategy:
     one = affine(*granularities) | st.just(Unquantized())
-    return one | st.builds(Split, before=one, layer=st.integers(0, 100), after=one)
+    split = st.builds(Split, before=one, layer=st.integers(0, 100), after=one)
+    return one | split | st.builds(Allocated, one)
 
 
 RECIPES = st.builds(

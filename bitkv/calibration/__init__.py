@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitkv.calibration.allocation import allocated, is_allocated
 from bitkv.calibration.partial import Partial
 from bitkv.codecs import Codec, Sample
 from bitkv.digests import digest_of
@@ -100,8 +101,9 @@ def calibrate(
         _check_size(recipe, num_layers, windows.numel())
     model_print = fingerprint(model.config)
     weights = weights_digest(model, 0)
-    skip = max((recipe.num_sink_tokens for recipe in made), default=0)
-    read_as = f"{reading.source} {digest_of({'ids': windows})} from token {skip}"
+    made = _with_rates(model, windows, made, reading)
+    ends = _ends(made)
+    read_as = f"{reading.source} {digest_of({'ids': windows})} {ends}"
     origin = f"{model_print} {weights} {model.dtype} {read_as}"
     done = [
         Partial(None if partial is None else partial / str(i), recipe, origin)
@@ -120,6 +122,30 @@ def calibrate(
     return [x.calibrated(y) for x, y in zip(made, calibrations, strict=True)]
 
 
+def _with_rates(model: Any, windows: Tensor, recipes: list[Recipe], reading: Reading) -> list[Recipe]:
+    """The recipes with the rates of `Allocated` codecs chosen; the text is read once more for it."""
+    open_ones = [recipe for recipe in recipes if is_allocated(recipe)]
+    if not open_ones:
+        return recipes
+    decoder = decoder_config(model.config)
+    num_layers = decoder.num_hidden_layers
+    samples = (
+        (layer, *_samples(tokens, rope_of(decoder), reading.seed))
+        for some in _passes(range(num_layers), decoder, windows.numel(), reading.memory)
+        for layer, tokens in gather(model, windows, some, **_ends(open_ones)).items()
+    )
+    chosen = iter(allocated(open_ones, num_layers, samples))
+    return [next(chosen) if is_allocated(recipe) else recipe for recipe in recipes]
+
+
+def _ends(recipes: Sequence[Recipe]) -> dict[str, Any]:
+    """First tokens that no recipe packs, and how long a token stays unpacked in all of them."""
+    return {
+        "skip": max((recipe.num_sink_tokens for recipe in recipes), default=0),
+        "late": min((recipe.recent_tokens for recipe in recipes), default=0),
+    }
+
+
 def _learn(
     model: Any,
     windows: Tensor,
@@ -132,10 +158,10 @@ def _learn(
     layers = range(decoder.num_hidden_layers)
     todo = [i for i in layers if any(_is_open(*pair, i) for pair in pairs)]
     rope = rope_of(decoder)
-    skip = max((recipe.num_sink_tokens for recipe, _ in pairs), default=0)
+    ends = _ends([recipe for recipe, _ in pairs])
     for some in _passes(todo, decoder, windows.numel(), reading.memory):
         step = 0.5 * len(some) / max(len(todo), 1)
-        found = gather(model, windows, some, skip=skip, advance=_by(advance, step / len(windows)))
+        found = gather(model, windows, some, **ends, advance=_by(advance, step / len(windows)))
         for layer in some:
             for recipe, done in pairs:
                 if _is_open(recipe, done, layer):
@@ -158,12 +184,15 @@ def _by(advance: Callable[[float], object], share: float) -> Callable[[], object
 
 
 def _fit(pair: tuple[Codec, Codec], x: Gathered, rope: Rope | None, seed: int) -> tuple[Codec, Codec]:
-    key, value = pair
-    places = {"positions": x.positions, "rope": rope, "seed": seed}
-    return (
-        key.calibrate(Sample("key", x.k, gradient=x.k_gradient, queries=x.q, **places)),  # type: ignore[arg-type]
-        value.calibrate(Sample("value", x.v, gradient=x.v_gradient, queries=None, **places)),  # type: ignore[arg-type]
-    )
+    key, value = (codec.calibrate(y) for codec, y in zip(pair, _samples(x, rope, seed), strict=True))
+    return key, value
+
+
+def _samples(x: Gathered, rope: Rope | None, seed: int) -> tuple[Sample, Sample]:
+    """A layer's tokens for its key codec and for its value codec."""
+    key = Sample("key", x.k, x.positions, x.k_gradient, x.q, rope, seed, x.k_late)
+    value = Sample("value", x.v, x.positions, x.v_gradient, None, rope, seed, x.v_late)
+    return key, value
 
 
 def _draw(tokenizer: Any, reading: Reading) -> Tensor:

@@ -116,6 +116,13 @@ class Codec(ABC):
         """This codec fitted to tokens of one layer; itself where there is nothing to learn."""
         return self
 
+    def rates(self, sample: Sample) -> Mapping[Self, float]:
+        """This codec at every rate it could have in a layer, and the loss that each is expected to cost.
+
+        Only sums and comparisons of losses mean something, among all layers, keys and values.
+        """
+        return {self: 0.0}
+
     def with_learned(self, learned: Mapping[str, Tensor]) -> Self:
         """This codec with what an earlier `calibrate` found."""
         return replace(self, learned=dict(learned))

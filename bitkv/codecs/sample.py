@@ -20,6 +20,8 @@ class Sample:
         queries: `[Hq, N, D]` of the same tokens, after the rotary embedding; for keys only.
         rope: the model's rotary embedding, where it has one that is known.
         seed: of whatever is drawn at random.
+        late: `[Hkv, N, D]`, the gradient through the queries alone that come so much later that they
+            find the token in a page; None where that is not known.
     """
 
     site: Site
@@ -29,14 +31,19 @@ class Sample:
     queries: Tensor | None
     rope: Rope | None
     seed: int = 0
+    late: Tensor | None = None
 
-    def at(self, where: str) -> tuple[Tensor, Tensor]:
+    def at(self, where: str, *, late: bool = False) -> tuple[Tensor, Tensor]:
         """`x` and `gradient` in float32, for keys "before" or "after" the rotary embedding.
+
+        Args:
+            late: take the late gradient, unless it is not known or no query of the text is late.
 
         Raises:
             ValueError: before it, and the model has none that is known.
         """
-        x, gradient = self.x.float(), self.gradient.float()
+        chosen = self.late if late and self.late is not None and self.late.any() else self.gradient
+        x, gradient = self.x.float(), chosen.float()
         if self.site == "value" or where == "after":
             return x, gradient
         if self.rope is None:

@@ -5,6 +5,8 @@ nothing stored beside them; unlike those, what is coded together is chosen:
 
 * The space is stretched by the square root of the Fisher information of a head, `F = E[g gᵀ]` with g
   the gradient of the loss with respect to a key or a value: squared errors then count by what they cost.
+  Only what late queries read counts (`Sample.late`): the newest tokens are in no page yet, and most of
+  the whole gradient is theirs.
 * In it the tokens' principal axes are taken: coordinates without correlation, sorted by variance.
 * The coordinates are cut into runs, one index each. A run of n coordinates with variances v is expected
   to keep `n (Π v)^(1/n) 2^(-2b/n)` of its energy as error (reverse water-filling, for vectors), and the
@@ -13,11 +15,13 @@ nothing stored beside them; unlike those, what is coded together is chosen:
 
 An index has eight bits whatever the rate: small codebooks learn from little text, and a byte looks up a
 table that fits into four vector registers. The number of indices sets the rate, so any multiple of
-`8 / head_dim` bits is one.
+`8 / head_dim` bits is one. In these units errors of different heads, layers, keys and values add up to a
+loss, so `Allocated(Spectral(...))` lets calibration choose the rates (calibration/allocation.py).
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Self
 
 import torch
@@ -106,10 +110,26 @@ class Spectral(Codec):
         return CodedTensor(nearest_codes(x, shared.codebook))
 
     def calibrate(self, sample: Sample) -> Self:
-        x, gradient = sample.at(self.rope)
+        x, gradient = sample.at(self.rope, late=True)
         heads = [self._fit(*pair, sample.seed) for pair in zip(x, gradient, strict=True)]
         codebook, project, restore = (torch.stack(parts) for parts in zip(*heads, strict=True))
         return self.with_learned({"codebook": codebook.half(), "project": project, "restore": restore})
+
+    def rates(self, sample: Sample) -> Mapping[Self, float]:
+        x, gradient = sample.at(self.rope, late=True)
+        head_dim = x.shape[-1]
+        fewest = -(-head_dim // _RUNS[0])
+        made = [replace(self, bits=_INDEX_BITS * n / head_dim) for n in range(fewest, head_dim + 1)]
+        losses = dict.fromkeys(made, 0.0)
+        for pair in zip(x, gradient, strict=True):
+            axes = principal_axes(*(part.double() for part in pair))
+            expected = {
+                run: least_errors(axes.variances.tolist(), head_dim, run, _INDEX_BITS) for run in _RUNS
+            }
+            for codec in made:
+                count, run = codec._indices(head_dim), codec._longest_run(head_dim)
+                losses[codec] += axes.scale * expected[run][count - 1]
+        return losses
 
     def _fit(self, x: Tensor, gradient: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Codebook, `project` and `restore` of one head's tokens `[N, D]`."""
@@ -135,22 +155,28 @@ class Axes(NamedTuple):
         project, restore: float64 `[D, D]`, to them and back; the strongest coordinate first.
         variances: of the coordinates.
         weights: `[N]`, how much a token's error counts.
+        scale: of squared errors, to make them comparable with other heads'.
     """
 
     project: Tensor
     restore: Tensor
     variances: Tensor
     weights: Tensor
+    scale: float
 
 
 def principal_axes(x: Tensor, gradient: Tensor) -> Axes:
     """The axes of tokens `x` `[N, D]` under the Fisher information of `gradient` `[N, D]`."""
-    fisher = gradient.T @ gradient
-    fisher = fisher / fisher.diagonal().mean().clamp(min=1e-30)
+    fisher = gradient.T @ gradient / len(gradient)
+    mean = fisher.diagonal().mean().clamp(min=1e-30)
+    fisher = fisher / mean
+    # tokens' root mean square, not their mean: what is lost on few tokens, as on facts, is lost there
+    information = gradient.square().sum(-1)
+    scale = mean * information.square().mean().sqrt() / information.mean().clamp(min=1e-30)
     fisher += _RIDGE * torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device)
-    information, directions = torch.linalg.eigh(fisher)
-    stretch = directions @ torch.diag(information.sqrt()) @ directions.T
-    shrink = directions @ torch.diag(information.rsqrt()) @ directions.T
+    strengths, directions = torch.linalg.eigh(fisher)
+    stretch = directions @ torch.diag(strengths.sqrt()) @ directions.T
+    shrink = directions @ torch.diag(strengths.rsqrt()) @ directions.T
     # the root: with the whole information a few tokens would own the codebooks
     weights = (gradient @ shrink).norm(dim=-1)
     weights = weights / weights.mean().clamp(min=1e-30)
@@ -158,37 +184,44 @@ def principal_axes(x: Tensor, gradient: Tensor) -> Axes:
     y = y - (weights[:, None] * y).mean(0)
     variances, axes = torch.linalg.eigh((weights[:, None] * y).T @ y / len(y))
     variances, axes = variances.flip(0), axes.flip(1)
-    return Axes(axes.T @ stretch, shrink @ axes, variances, weights)
+    return Axes(axes.T @ stretch, shrink @ axes, variances, weights, float(scale))
 
 
 def cut(variances: list[float], runs: int, longest: int, bits: int) -> list[int]:
     """Lengths of `runs` runs of sorted coordinates, with the least error that `bits` bits each leave."""
-    total = len(variances)
-    logs = [0.0]
-    for v in variances:
-        logs.append(logs[-1] + math.log(max(v, 1e-12)))
-
-    def error(start: int, stop: int) -> float:
-        n = stop - start
-        return n * math.exp((logs[stop] - logs[start] - 2 * bits * math.log(2)) / n)
-
-    least = [0.0] + [math.inf] * total  # error of the first coordinates in so many runs
-    starts: list[list[int]] = []
-    for _ in range(runs):
-        found = [
-            min(
-                ((least[i] + error(i, stop), i) for i in range(max(0, stop - longest), stop)),
-                default=(math.inf, 0),
-            )
-            for stop in range(total + 1)
-        ]
-        least, row = [x for x, _ in found], [i for _, i in found]
-        starts.append(row)
-    stop, sizes = total, []
+    _, starts = _cuts(variances, runs, longest, bits)
+    stop, sizes = len(variances), []
     for row in reversed(starts):
-        sizes.append(stop - row[stop])
-        stop = row[stop]
+        sizes.append(stop - int(row[stop]))
+        stop = int(row[stop])
     return sizes[::-1]
+
+
+def least_errors(variances: list[float], most: int, longest: int, bits: int) -> list[float]:
+    """The error that the best cut into 1, 2, … `most` runs leaves, infinite where there is none."""
+    errors, _ = _cuts(variances, most, longest, bits)
+    return [float(row[-1]) for row in errors]
+
+
+def _cuts(
+    variances: list[float], runs: int, longest: int, bits: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For 1 to `runs` runs: least errors of the first 0, 1, … coordinates, where the last run starts."""
+    total = len(variances)
+    logs = torch.tensor([0.0, *(max(v, 1e-12) for v in variances)], dtype=torch.float64)
+    logs = torch.cat([logs[:1], logs[1:].log()]).cumsum(0)
+    length = torch.arange(total + 1) - torch.arange(total + 1)[:, None]  # [start, stop]
+    n = length.clamp(min=1)
+    error = n * torch.exp((logs - logs[:, None] - 2 * bits * math.log(2)) / n)
+    error[(length < 1) | (length > longest)] = torch.inf
+    least = torch.full((total + 1,), torch.inf, dtype=torch.float64)  # with so many runs
+    least[0] = 0.0
+    errors, starts = [], []
+    for _ in range(runs):
+        least, start = (least[:, None] + error).min(0)
+        errors.append(least)
+        starts.append(start)
+    return errors, starts
 
 
 def _places(sizes: list[int], room: int) -> Tensor:

@@ -5,13 +5,14 @@ A recipe has one text form, the same in Python, on the command line, in files an
 its codecs have learned of a model is in a recipe file (file.py).
 """
 
-from bitkv.recipe.base import Calibration, Recipe, Split
+from bitkv.recipe.base import Allocated, Calibration, Recipe, Split
 from bitkv.recipe.file import as_recipe
 from bitkv.recipe.presets import PRESETS, Preset
 from bitkv.recipe.text import load, parse, without_comments
 
 __all__ = [
     "PRESETS",
+    "Allocated",
     "Calibration",
     "Preset",
     "Recipe",

@@ -30,6 +30,16 @@ class Split:
         check_count("Split", "layer", self.layer, "layer count")
 
 
+@dataclass(frozen=True)
+class Allocated:
+    """A codec whose rate calibration chooses for each layer.
+
+    Keys and values that are allocated share the bits which their codecs have together as written.
+    """
+
+    codec: Codec
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """What the codecs of a recipe have learned of one model.
@@ -67,19 +77,23 @@ class Calibration:
         return sum(x.nbytes for x in self.tensors.values())
 
 
-Codecs = Codec | Split | tuple[Codec, ...]
+Codecs = Codec | Split | Allocated | tuple[Codec, ...]
 
 
 def _parts(codecs: Any) -> tuple[Any, ...]:
     """Every codec that a field of a recipe names."""
     if isinstance(codecs, Split):
         return codecs.before, codecs.after
+    if isinstance(codecs, Allocated):
+        return (codecs.codec,)
     return codecs if isinstance(codecs, tuple) else (codecs,)
 
 
 def _codec(codecs: Codecs, layer_idx: int) -> Codec:
     if isinstance(codecs, Split):
         return codecs.before if layer_idx < codecs.layer else codecs.after
+    if isinstance(codecs, Allocated):
+        return codecs.codec
     return codecs[layer_idx] if isinstance(codecs, tuple) else codecs
 
 
@@ -88,7 +102,7 @@ class Recipe:
     """How a cache is quantized.
 
     Args:
-        key, value: a codec for all layers, a `Split`, or a tuple with a codec for each layer.
+        key, value: a codec for all layers, a `Split`, an `Allocated`, or a tuple with a codec a layer.
         num_sink_tokens: first tokens of a sequence that stay in 16 bits.
         recent_tokens: newest tokens that always stay in 16 bits. A page is packed when
             `recent_tokens + page_size` of them have gathered.

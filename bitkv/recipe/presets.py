@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bitkv import codecs as methods
 from bitkv.codecs import Affine, Codec, Unquantized
-from bitkv.recipe.base import Recipe, Split, check_count
+from bitkv.recipe.base import Allocated, Recipe, Split, check_count
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ _TOKEN2, _TOKEN4 = (Affine(bits, "token", "page") for bits in (2, 4))
 
 
 def _best(key_bits: float, value_bits: float) -> Preset:
-    """Spectral codes, most bits for keys: what a look-up needs is in them."""
+    """Spectral codes; calibration gives the bits to the layers, keys and values that need them."""
     return Preset(
-        lambda: Recipe(methods.Spectral(key_bits), methods.Spectral(value_bits)),
+        lambda: Recipe(Allocated(methods.Spectral(key_bits)), Allocated(methods.Spectral(value_bits))),
         "bitkv",
-        f"spectral codes, {key_bits:g} bits for keys and {value_bits:g} for values",
+        f"spectral codes, {(key_bits + value_bits) / 2:g} bits on average where late queries need them",
     )
 
 

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bitkv.codecs import CODECS, Codec
-from bitkv.recipe.base import Recipe, Split
+from bitkv.recipe.base import Allocated, Recipe, Split
 from bitkv.recipe.presets import PRESETS
 
 _CONSTRUCTORS: dict[str, Callable[..., object]] = {
     "Recipe": Recipe,
+    "Allocated": Allocated,
     "Split": Split,
     **CODECS,
     **{name: preset.make for name, preset in PRESETS.items()},
