@@ -17,24 +17,16 @@ constexpr float kLog2e = 1.44269504088896f;
 constexpr float kNegligible = 0x1p-40f;  // a share of the sum that float32 cannot notice
 constexpr float kHeadroom = 0x1p30f;     // weights may grow this far before `high` follows the scores
 
-// 2^x; 0 from -127 down. NaN stays. Within 2e-7 of it, or within 1e-4 where it will be rounded to a byte.
-template <bool kRough = false>
+// 2^x within 2e-7 of it; 0 from -127 down. NaN stays.
 inline F exp2(F x) {
   x = min(set(127), max(set(-127), x));
   const F n = x + set(0x1.8p23f);  // rounded: no room for a fraction
   const F f = x - (n - set(0x1.8p23f));
-  F p;
-  if constexpr (kRough) {
-    p = fma(f, set(0.0551716695f), set(0.242611125f));
-    p = fma(p, f, set(0.693260986f));
-    p = fma(p, f, set(0.999928073f));
-  } else {
-    p = fma(f, set(0.00132647271f), set(0.00967151267f));
-    p = fma(p, f, set(0.0555073374f));
-    p = fma(p, f, set(0.240222421f));
-    p = fma(p, f, set(0.693146978f));
-    p = fma(p, f, set(1));
-  }
+  F p = fma(f, set(0.00132647271f), set(0.00967151267f));
+  p = fma(p, f, set(0.0555073374f));
+  p = fma(p, f, set(0.240222421f));
+  p = fma(p, f, set(0.693146978f));
+  p = fma(p, f, set(1));
   return times_power_of_two(p, n);
 }
 
@@ -113,8 +105,8 @@ inline void weigh(const Queries& q, int row, int count, const Coded& values, flo
   float high[H];
   repeat<H>([&](auto h) { totals[h] = set(0); });
   for (int h = 0; h < H; ++h) high[h] = std::max(q.softmax[row + h].high, -FLT_MAX);  // -inf: nothing seen yet
-  const auto weight = [&](int h, int t, auto rough) {
-    const F p = exp2<rough()>(load(s.scores[row + h] + t) - set(high[h]));
+  const auto weight = [&](int h, int t) {
+    const F p = exp2(load(s.scores[row + h] + t) - set(high[h]));
     store(s.weights[row + h] + t, p);
     totals[h] = totals[h] + p;
     return p;
@@ -130,7 +122,7 @@ inline void weigh(const Queries& q, int row, int count, const Coded& values, flo
           for (; t < end; t += kLanes) {
             const F scale = largest_scales(scales, groups, columns, t);
             repeat<H>([&](auto h) {
-              const F y = weight(h, p * columns + t, std::true_type()) * scale;
+              const F y = weight(h, p * columns + t) * scale;
               top[h] = max(top[h], Rule::size(y));
               squares[h] = fma(y, y, squares[h]);
             });
@@ -140,7 +132,7 @@ inline void weigh(const Queries& q, int row, int count, const Coded& values, flo
       settle<Rule>(part.columns, square_of_group(part.groups), Units::slot(row, 0, H), values.pages.count * H, s.of_weights);
     });
   } else {
-    for (int t = 0; t < count; t += kLanes) repeat<H>([&](auto h) { weight(h, t, std::false_type()); });
+    for (int t = 0; t < count; t += kLanes) repeat<H>([&](auto h) { weight(h, t); });
   }
   sums_of<H>(totals, total);
 }

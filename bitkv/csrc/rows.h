@@ -86,8 +86,9 @@ struct Halves {
 // Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns. H rows from `row` on
 // have a slot for each of them and each page, page after page, from that of `slot` on.
 struct Units {
-  alignas(64) float unit[kUnitBlocks][kSlots], inverse[kUnitBlocks][kSlots];
-  alignas(64) float square[kSlots], coarse[kSlots];  // sums of squares; 1 where what rounding leaves matters
+  static constexpr int kSize = kSlots + kLanes;  // a vector may begin at the last slot
+  alignas(64) float unit[kUnitBlocks][kSize], inverse[kUnitBlocks][kSize];
+  alignas(64) float square[kSize], coarse[kSize];  // sums of squares; 1 where what rounding leaves matters
 
   static int slot(int row, int page, int h) { return row * kTogether + page * h; }
 };
@@ -361,7 +362,7 @@ template <int H, int R>
 }
 
 // Blocks [first, last), which share a row of scales, times H rows of numbers. Units of the next block of
-// columns are kSlots further on.
+// columns are Units::kSize further on.
 template <int BITS, bool kPositive, bool kFine, int H, int R>
 inline void byte_sums(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
                       const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
@@ -378,7 +379,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
         multiply<BITS, kPositive, H, R>(acc, codes + v * 64, part.block_bytes, std::min(kVectors, part.vectors - v),
                                         numbers + b * kUnitColumns, ahead);
         repeat<R>([&](auto r) {
-          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * kSlots + h]), sums[r][h]); });
+          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * Units::kSize + h]), sums[r][h]); });
         });
       }
       repeat<R>([&](auto r) { repeat<H>([&](auto h) { out.put(h, block + r, sums[r][h]); }); });
