@@ -64,7 +64,9 @@ class Scheduler:
         self.run(step, who, starts, lengths)
         for request, length in zip(who, lengths, strict=True):
             request["done"] = length
-        self.running = [r for r in self.running if r["done"] < r["goal"] or self.free.extend(r["blocks"])]
+        self.running = [
+            r for r in self.running if r["done"] < r["goal"] or self.free.extend(r["blocks"])
+        ]
 
     def run(self, step, who, starts, lengths):
         """Writes tokens and packs blocks as a layer does, and looks at all that attention would read."""
@@ -105,7 +107,9 @@ class Scheduler:
 def test_no_request_ever_reads_what_another_left(seed):
     engine = Scheduler(seed)
     for _ in range(300):
-        engine.random.choice([engine.begin, engine.begin, engine.step, engine.step, engine.step, engine.drop])()
+        engine.random.choice(
+            [engine.begin, engine.begin, engine.step, engine.step, engine.step, engine.drop]
+        )()
 
 
 def table(*rows):
@@ -139,7 +143,12 @@ def test_a_query_sees_its_own_block_exactly_and_earlier_ones_packed_however_a_pr
             done = stop
         return found
 
-    assert seen(30) == seen(3, 8, 9, 10, 27, 30) == seen(*range(1, 31)) == {t: t // SIZE * SIZE for t in range(30)}
+    assert (
+        seen(30)
+        == seen(3, 8, 9, 10, 27, 30)
+        == seen(*range(1, 31))
+        == {t: t // SIZE * SIZE for t in range(30)}
+    )
 
 
 def test_rows_of_unequal_lengths_say_where_their_queries_are():

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from bitkv.integrations.vllm import refusals
-from bitkv.integrations.vllm.choice import chosen_recipe, page_bytes, packing_of
+from bitkv.integrations.vllm.choice import chosen_recipe, packing_of, page_bytes
 from bitkv.integrations.vllm.step import Step, plan
 from bitkv.integrations.vllm.store import LayerStore, Scoring
 from bitkv.integrations.vllm.tails import Tails
@@ -35,7 +35,9 @@ class PackedBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
     forward_includes_kv_cache_update = True
-    config: ClassVar[VllmConfig | None] = None  # of the layers made last: specs are asked for without one
+    config: ClassVar[VllmConfig | None] = (
+        None  # of the layers made last: specs are asked for without one
+    )
 
     @staticmethod
     def get_name() -> str:
@@ -70,7 +72,7 @@ class PackedBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Bytes of a token and KV head: those of a page, of the layer that takes most, over its tokens."""
+        """A token's bytes of a KV head: those of a page, in the layer that takes most, over its tokens."""
         assert cls.config is not None, "vLLM asks for specs once it has made layers"
         size = page_bytes(cls.config, spec.head_size) // chosen_recipe().page_size
         return replace(spec, dtype=torch.uint8, state_content_bytes=size)
@@ -88,14 +90,21 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
     """Plans each step once for all layers."""
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         refusals.check_engine(vllm_config, kv_cache_spec.block_size, chosen_recipe())
         self.tails = Tails(num_slots(vllm_config), kv_cache_spec.block_size)
 
     def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
     ) -> Step:
         of = common_attn_metadata
         starts = of.query_start_loc_cpu[: of.num_reqs + 1].tolist()

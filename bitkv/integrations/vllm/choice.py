@@ -28,7 +28,7 @@ def page_bytes(config: Any, head_dim: int) -> int:
     """Of the layer whose pages are the largest.
 
     Raises:
-        ValueError: a codec that cannot serve the shape, or pages that are no whole number of bytes a token.
+        ValueError: a codec that cannot serve the shape.
     """
     recipe, model = chosen_recipe(), config.model_config
     layers = model.get_num_layers(config.parallel_config)

@@ -9,13 +9,15 @@ from bitkv.integrations.transformers.fingerprint import fingerprint
 from bitkv.recipe import Recipe
 
 LATENT = (
-    "bitkv packs keys and values, and this model's latent attention (MLA) keeps neither; unset BITKV_RECIPE "
-    "to serve it"
+    "bitkv packs keys and values, and this model's latent attention (MLA) keeps neither; unset "
+    "BITKV_RECIPE to serve it"
 )
 
 
 def _refuse(got: str, takes: str) -> None:
-    raise ValueError(f"bitkv in vLLM got {got}, and takes {takes}; unset BITKV_RECIPE to serve without it")
+    raise ValueError(
+        f"bitkv in vLLM got {got}, and takes {takes}; unset BITKV_RECIPE to serve without it"
+    )
 
 
 def check_layer(
@@ -73,7 +75,8 @@ def check_recipe(config: Any, recipe: Recipe) -> None:
     """
     if recipe.learns:
         raise ValueError(
-            f"the recipe {recipe} has codecs that learn; run `bitkv calibrate` and pass the file in BITKV_RECIPE"
+            f"the recipe {recipe} has codecs that learn; run `bitkv calibrate` and pass the file in "
+            "BITKV_RECIPE"
         )
     model = config.model_config
     recipe.check_layers(model.hf_text_config.num_hidden_layers)
@@ -82,6 +85,10 @@ def check_recipe(config: Any, recipe: Recipe) -> None:
         return
     # vLLM's own copy of the config has been changed by then
     if calibration.model != fingerprint(AutoConfig.from_pretrained(model.model)):
-        raise ValueError("the recipe in BITKV_RECIPE was calibrated for another model; calibrate it for this one")
+        raise ValueError(
+            "the recipe in BITKV_RECIPE was calibrated for another model; calibrate it for this one"
+        )
     if config.parallel_config.tensor_parallel_size > 1:
-        _refuse("a calibrated recipe with tensor parallelism", "one rank, codebooks being those of all heads")
+        _refuse(
+            "a calibrated recipe with tensor parallelism", "one rank, codebooks being those of all heads"
+        )

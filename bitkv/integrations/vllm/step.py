@@ -1,8 +1,8 @@
 """What one step of the engine asks of attention, as tensors that all layers share.
 
-A query sees the tokens of earlier blocks packed and those of its own block exactly. So what it sees depends
-on its place in the sequence alone: not on how a prompt was cut into chunks, nor on who else is served, nor
-on whether blocks were found in the prefix cache or computed again after a preemption.
+A query sees the tokens of earlier blocks packed and those of its own block exactly. So what it sees
+depends on its place in the sequence alone: not on how a prompt was cut into chunks, nor on who else is
+served, nor on whether blocks were found in the prefix cache or computed again after a preemption.
 """
 
 from collections.abc import Sequence
@@ -29,10 +29,10 @@ class Group:
 
     Args:
         tokens: int64 `[B, Tq]`, which tokens of the step; rows with fewer repeat their first.
-        positions: int64 `[B, Tq]`, where in their sequences, -1 behind a row's last; None: all are there.
+        positions: int64 `[B, Tq]`, their places in sequences, -1 behind a row's last; None: all are there.
         slots: int64 `[B]`, of the tails.
         offsets: int64 `[B]`, of the first query in its block.
-        packed_len, hot_len: int32 `[B]`, tokens in earlier blocks, and in the own one with the queries.
+        packed_len, hot_len: int32 `[B]`, tokens in earlier blocks, and in the own one with queries.
         block_table: int32 `[B, width]`.
         packed: blocks that these tokens make full.
         keep: rows whose blocks stay unfinished.
@@ -55,7 +55,6 @@ class Step:
 
     singles: Group | None
     pieces: tuple[Group, ...]
-    begun: Tensor  # slots whose blocks begin with this step
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,6 @@ def plan(starts: Sequence[int], lengths: Sequence[int], table: Tensor, tails: Ta
     size = tails.page_size
     singles: list[_Piece] = []
     pieces: list[_Piece] = []
-    begun: list[int] = []
     for request, stop in enumerate(lengths):
         token, count = starts[request], starts[request + 1] - starts[request]
         if count <= 0:
@@ -92,8 +90,6 @@ def plan(starts: Sequence[int], lengths: Sequence[int], table: Tensor, tails: Ta
         start = stop - count
         blocks = table[request, start // size : (stop - 1) // size + 1].tolist()
         slot = tails.advance(blocks, start, stop)
-        if start % size == 0 or len(blocks) > 1:
-            begun.append(slot)
         for block in blocks:
             many = min(size - start % size, stop - start)
             piece = _Piece(request, token, start, many, slot, block)
@@ -102,14 +98,15 @@ def plan(starts: Sequence[int], lengths: Sequence[int], table: Tensor, tails: Ta
     full = [p for p in pieces if p.count == size]
     rest = [p for p in pieces if p.count < size]
     groups = tuple(_group(some, table, size) for some in (full, rest) if some)
-    return Step(_group(singles, table, size) if singles else None, groups, torch.tensor(begun).long())
+    return Step(_group(singles, table, size) if singles else None, groups)
 
 
 def _group(pieces: Sequence[_Piece], table: Tensor, size: int) -> Group:
     most = max(p.count for p in pieces)
     index = torch.arange(most)
     count, token, first = (
-        torch.tensor([getattr(p, name) for p in pieces]).unsqueeze(1) for name in ("count", "token", "first")
+        torch.tensor([getattr(p, name) for p in pieces]).unsqueeze(1)
+        for name in ("count", "token", "first")
     )
     real = index < count
     offsets = first.squeeze(1) % size

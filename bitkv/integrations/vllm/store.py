@@ -22,6 +22,12 @@ class Scoring(NamedTuple):
     softcap: float | None
 
 
+class _Window(NamedTuple):
+    group: Group
+    hot_k: Tensor
+    hot_v: Tensor
+
+
 class LayerStore:
     """Tails of one layer, and its pages, which the engine owns.
 
@@ -36,28 +42,34 @@ class LayerStore:
         form = packing.format
         self.packing, self.pages = packing, pages[..., : form.page_bytes]
         shape = (slots, pages.shape[1], form.page_size, form.head_dim)
-        self.tail_k, self.tail_v = (torch.empty(shape, dtype=dtype, device=pages.device) for _ in range(2))
+        self.tail_k, self.tail_v = (
+            torch.empty(shape, dtype=dtype, device=pages.device) for _ in range(2)
+        )
         self.poisons = bool(os.environ.get(CHECK))
 
     def run(self, step: Step, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scoring: Scoring) -> None:
-        """Put tokens `[N, Hkv, D]` where they belong and write attention of `q` `[N, Hq, D]` to `out`."""
-        if self.poisons and step.begun.numel():
-            self.tail_k[step.begun] = self.tail_v[step.begun] = torch.nan
-        windows = []
-        for group in step.pieces:
-            windows.append((group, *(self._window(group, *pair) for pair in ((k, self.tail_k), (v, self.tail_v)))))
+        """Put tokens `[N, Hkv, D]` where they belong, and attention of `q` `[N, Hq, D]` into `out`."""
+        windows = [
+            _Window(g, self._own(g, k, self.tail_k), self._own(g, v, self.tail_v)) for g in step.pieces
+        ]
         for group, hot_k, hot_v in windows:
             self._pack(group, hot_k, hot_v)
         for group, hot_k, hot_v in windows:
             self._attend(group, hot_k, hot_v, None, q, out, scoring)
             keep = group.keep
-            self.tail_k[group.slots[keep]], self.tail_v[group.slots[keep]] = hot_k[keep], hot_v[keep]
+            self.tail_k[group.slots[keep]] = hot_k[keep]
+            self.tail_v[group.slots[keep]] = hot_v[keep]
         if step.singles is not None:
             self._singles(step.singles, q, k, v, out, scoring)
 
-    def _singles(self, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scoring: Scoring) -> None:
+    def _singles(
+        self, group: Group, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scoring: Scoring
+    ) -> None:
         """Of one token each: the tails are their hot window as they lie."""
         tokens = group.tokens.squeeze(1)
+        if self.poisons:
+            begun = group.slots[group.offsets == 0]
+            self.tail_k[begun] = self.tail_v[begun] = torch.nan
         self.tail_k[group.slots, :, group.offsets] = k[tokens]
         self.tail_v[group.slots, :, group.offsets] = v[tokens]
         self._attend(group, self.tail_k, self.tail_v, group.slots.int(), q, out, scoring)
@@ -65,17 +77,19 @@ class LayerStore:
         if group.packed:
             self._pack(group, self.tail_k[rows], self.tail_v[rows])
 
-    def _window(self, group: Group, new: Tensor, tails: Tensor) -> Tensor:
-        """Tokens of the own block of each row `[B, Hkv, page_size, D]`: what the tails hold, then new ones."""
+    def _own(self, group: Group, new: Tensor, tails: Tensor) -> Tensor:
+        """Each row's own block `[B, Hkv, page_size, D]`: tokens that the tails hold, then new ones."""
         size = self.packing.format.page_size
         held = tails[group.slots]
+        if self.poisons:
+            held[group.offsets == 0] = torch.nan
         index = torch.arange(size, device=new.device) - group.offsets.unsqueeze(1)
         fresh = (index >= 0) & (index < group.tokens.shape[1])
         token = group.tokens.gather(1, index.clamp(0, group.tokens.shape[1] - 1))
         return torch.where(fresh[:, None, :, None], new[token].transpose(1, 2), held)
 
     def _pack(self, group: Group, hot_k: Tensor, hot_v: Tensor) -> None:
-        """Write blocks that are full; rows of hot tensors are those of `group.packed`, or the group's."""
+        """Write full blocks; rows of hot tensors are the group's, or those of `group.packed`."""
         for i, packed in enumerate(group.packed):
             row = packed.row if len(hot_k) == len(group.tokens) else i
             block = self.pages[packed.block].unsqueeze(0)

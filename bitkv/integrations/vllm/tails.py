@@ -1,16 +1,16 @@
 """Where the tokens of unfinished blocks are kept.
 
-vLLM owns blocks, not sequences, and says nothing when a request ends, is preempted or aborted. So a block
-that is not full has a slot of 16-bit tokens under its number:
+vLLM owns blocks, not sequences, and says nothing when a request ends, is preempted or aborted. So a
+block that is not full has a slot of 16-bit tokens under its number:
 
 * A request that begins a block takes a slot for it, or the one that an earlier owner of the block left:
   tokens are written from the block's first one on, so nothing of that owner is ever read.
 * A block that is full is packed, and its slot is free.
-* Blocks whose requests have ended keep slots until these are needed; then the one that was used longest
-  ago goes. It cannot be that of a request still running: vLLM serves running requests in their order, so
-  whoever waits does so behind requests that are older, and of these there are fewer than `max_num_seqs`.
+* Blocks whose requests have ended keep slots until these are needed; then the one that was used
+  longest ago goes. It cannot be that of a request still running: vLLM serves running requests in their
+  order, so whoever waits does so behind older requests, of which there are fewer than `max_num_seqs`.
 
-Full blocks alone are shared between requests, and they have no slot: prefix caching meets only packed ones.
+Full blocks alone are shared between requests, and they have no slot: prefix caching meets packed ones.
 """
 
 from collections import OrderedDict
@@ -31,7 +31,9 @@ class Tails:
 
     def __init__(self, slots: int, page_size: int) -> None:
         self.page_size = page_size
-        self._held: OrderedDict[int, tuple[int, int]] = OrderedDict()  # block: slot, tokens; oldest first
+        self._held: OrderedDict[int, tuple[int, int]] = (
+            OrderedDict()
+        )  # block: slot, tokens; oldest first
         self._free = list(range(slots))[::-1]
         self._used: set[int] = set()  # blocks of the present step
         self._leaving: list[int] = []  # slots that are free when it is over
