@@ -1,6 +1,6 @@
 """What a layer shows of itself. Attention backends know this and page formats, never codecs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,8 @@ class CacheView:
         packed_len: int32 `[B]`, tokens in pages.
         hot_k, hot_v: `[B, Hkv, capacity, D]`, sinks and then recent tokens.
         hot_len: int32 `[B]`, tokens in the hot window.
+        hot_rows: int32 `[B]`, where of the hot window's first axis each sequence is; None: in order, and
+            B is its size.
         num_sink_tokens: the first hot tokens precede the pages, the others follow them.
         key, value: what the pages share beside their format.
     """
@@ -36,11 +38,19 @@ class CacheView:
     num_sink_tokens: int
     key: Shared = PLAIN
     value: Shared = PLAIN
+    hot_rows: Tensor | None = None
 
     @property
     def lengths(self) -> Tensor:
         """int32 `[B]`: all tokens of each sequence."""
         return self.packed_len + self.hot_len
+
+    def in_order(self) -> "CacheView":
+        """The same with the hot window's rows copied into the order of the sequences."""
+        if self.hot_rows is None:
+            return self
+        rows = self.hot_rows.long()
+        return replace(self, hot_k=self.hot_k[rows], hot_v=self.hot_v[rows], hot_rows=None)
 
     def dequantize(self, table: Tensor, first_page: int = 0) -> tuple[Tensor, Tensor]:
         """Float32 keys and values `[..., n, Hkv, page_size, D]` of pages by their numbers.

@@ -87,7 +87,7 @@ def last_backend() -> str | None:
 
 
 def _check(q: Tensor, view: CacheView) -> None:
-    batch, kv_heads, _, head_dim = view.hot_k.shape
+    batch, (_, kv_heads, _, head_dim) = view.block_table.shape[0], view.hot_k.shape
     if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != head_dim or q.shape[1] % kv_heads:
         raise ValueError(
             f"queries {tuple(q.shape)} do not fit a cache of batch {batch}, {kv_heads} KV heads and "

@@ -42,39 +42,43 @@ def _attend(
     factor: float = 1.0,
     value_codebook: Tensor | None = None,
     value_restore: Tensor | None = None,
+    hot_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Output and log-sum-exp of queries `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`,
-    then `AttentionRequest.shared_operands`.
+    then `AttentionRequest.shared_operands` and `CacheView.hot_rows`.
 
     Raises:
         ValueError: a length or a page number that leads outside its tensor.
     """
-    q, pages = _plain(q, q.dtype), _plain(pages, torch.uint8)
+    q, pages = _plain(q, q.dtype), _pages(pages)
     block_table, packed_len, hot_len = (
         _plain(x, torch.int32) for x in (block_table, packed_len, hot_len)
     )
     if positions is not None:
         positions = _plain(positions, torch.int64)
+    if hot_rows is not None:
+        hot_rows = _plain(hot_rows, torch.int32)
     if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
     batch, heads, queries, head_dim = q.shape
-    _, kv_heads, capacity, _ = hot_k.shape
+    num_rows, kv_heads, capacity, _ = hot_k.shape
     key_shared = _Shared.of("key", q.shape[3], key_codebook, key_restore, inv_freq)
     value_shared = _Shared.of("value", q.shape[3], value_codebook, value_restore)
     page_size = key[_PAGE_SIZE_AT[len(key)]]
     out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
     last_seen = 0 if positions is None else positions.data_ptr()
     tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), last_seen)
-    hot = (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr(), native.DTYPES[hot_k.dtype])
+    rows = 0 if hot_rows is None else hot_rows.data_ptr()
+    hot = (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr(), rows, num_rows)
     native.module().attend(
         native.isa(),
         (*tensors, native.DTYPES[q.dtype]),
         (batch, heads, kv_heads, queries, head_dim),
         (list(key), list(value)),
         (key_shared.numbers(factor), value_shared.numbers()),
-        (pages.data_ptr(), pages.shape[0], page_size),
+        (pages.data_ptr(), pages.shape[0], pages.stride(1), page_size),
         (block_table.data_ptr(), block_table.shape[1], packed_len.data_ptr()),
-        (*hot, capacity, *hot_k.stride()[:2], num_sink_tokens),
+        (*hot, native.DTYPES[hot_k.dtype], capacity, *hot_k.stride()[:2], num_sink_tokens),
         (scale, window, softcap),
         torch.get_num_threads(),
     )
@@ -129,6 +133,12 @@ def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
 
 
+def _pages(x: Tensor) -> Tensor:
+    """Pages whose bytes are contiguous; those of heads may have room between them."""
+    dense = x.stride(2) == 1 and x.stride(0) == x.shape[1] * x.stride(1)
+    return x if dense and x.dtype == torch.uint8 else x.to(torch.uint8).contiguous()
+
+
 cpu_attend = torch.library.custom_op("bitkv::cpu_attend", _attend, mutates_args=(), device_types="cpu")
 
 
@@ -142,7 +152,8 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with sums in float32; see `Backend.run`."""
     # the operator's dispatch in Python takes longer than attention over a short context
     plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
-    return (_attend if plain else cpu_attend)(*request.operands, *request.shared_operands)
+    operands = (*request.operands, *request.shared_operands, request.view.hot_rows)
+    return (_attend if plain else cpu_attend)(*operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:

@@ -18,7 +18,7 @@ _QUERIES_PER_TILE = 128
 
 def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with float32 inside; see `Backend.run`."""
-    q, view = request.q, request.view
+    q, view = request.q, request.view.in_order()
     batch, heads, num_queries, _ = q.shape
     kv_heads = view.hot_k.shape[1]
     # query heads that share a KV head become rows of one matrix

@@ -8,6 +8,7 @@ sequences grow. The kernels are in `triton_kernels`, which is imported with the 
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from math import e, log2
@@ -214,7 +215,8 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """Softmax attention with sums in float32; see `Backend.run`."""
     # the operator's dispatch in Python takes longer than launching a kernel
     plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
-    return (_attend if plain else triton_attend)(*request.operands)
+    ordered = replace(request, view=request.view.in_order())
+    return (_attend if plain else triton_attend)(*ordered.operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:

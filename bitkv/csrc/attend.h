@@ -265,7 +265,6 @@ inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset,
 // is counted in pages and pieces of the hot window.
 struct Plan {
   Half key, value;  // where these have no codebook
-  size_t page_bytes;
   bool keys_as_floats;   // not as codes
   bool looks_up_keys, looks_up_values;
   int rows;   // query rows of a KV head: heads that share it times queries
@@ -278,7 +277,7 @@ struct Plan {
   const int16_t* turn_words = nullptr;  // for lookups
 
   explicit Plan(const AttendRequest& r)
-      : key(half_of(r.key, r)), value(half_of(r.value, r)), page_bytes(r.page_bytes()),
+      : key(half_of(r.key, r)), value(half_of(r.value, r)),
         keys_as_floats(r.key.has_codebook || r.key.inv_freq),
         // zero points that turn with their tokens are no sum to add
         looks_up_keys(r.lookups && r.key.tables && !(r.key.inv_freq && r.key.codes.scales == 2)),
@@ -442,7 +441,7 @@ inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries&
 inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int part, int end,
                          Scratch& s) {
   const int32_t* table = r.block_table + int64_t(b) * r.table_width;
-  const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * int64_t(plan.page_bytes); };
+  const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * r.page_stride; };
   Angle angle;
   if (plan.turns) angle = plan.angles[part];
   int i = part * plan.part_size;
@@ -475,7 +474,7 @@ inline void restore_sums(const AttendRequest& r, const Queries& q, int head, Scr
 
 // Slots [begin, end) of the hot window: sinks come before the pages, the others after them.
 inline void attend_slots(const AttendRequest& r, const Queries& q, int b, int head, int begin, int end, Scratch& s) {
-  const int64_t offset = b * r.hot_batch_stride + head * r.hot_head_stride;
+  const int64_t offset = (r.hot_rows ? r.hot_rows[b] : b) * r.hot_batch_stride + head * r.hot_head_stride;
   const int sinks = std::clamp(r.num_sink_tokens, begin, std::max(begin, end));
   for (int slot = begin; slot < end;) {
     const bool is_sink = slot < sinks;

@@ -35,13 +35,15 @@ struct AttendRequest {
   int batch, heads, kv_heads, queries, head_dim;
 
   Side key, value;
-  const uint8_t* pages;  // [num_pages, kv_heads, key.nbytes() + value.nbytes()]
+  const uint8_t* pages;  // [num_pages, kv_heads, page_stride], of which a page has key.nbytes() + value.nbytes()
+  int64_t page_stride;
   int page_size;
   const int32_t* block_table;  // [batch, table_width]
   int table_width;
   const int32_t* packed_len;   // [batch]
   const void* hot_k;           // [batch, kv_heads, capacity, head_dim] of `hot_dtype`
   const void* hot_v;
+  const int32_t* hot_rows;     // [batch], where of the first axis each sequence is; null: in order
   DType hot_dtype;
   int64_t hot_batch_stride, hot_head_stride;
   const int32_t* hot_len;      // [batch]

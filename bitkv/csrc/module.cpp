@@ -77,8 +77,12 @@ const Kernels& find(std::string_view isa) {
 
 // Whoever calls owns the tensors' sizes; their contents are looked at here, so that no table of pages
 // and no length leads outside them.
-void check(const AttendRequest& r, int64_t num_pages, int hot_capacity) {
+void check(const AttendRequest& r, int64_t num_pages, int64_t num_rows, int hot_capacity) {
   for (int b = 0; b < r.batch; ++b) {
+    const int64_t row = r.hot_rows ? r.hot_rows[b] : b;
+    if (row < 0 || row >= num_rows)
+      throw std::invalid_argument("hot row " + std::to_string(row) + " of sequence " + std::to_string(b) +
+                                  " is outside a hot window of " + std::to_string(num_rows) + " rows");
     const int pages = r.packed_len[b] / r.page_size;
     if (r.packed_len[b] < 0 || pages > r.table_width)
       throw std::invalid_argument("packed_len " + std::to_string(r.packed_len[b]) + " of sequence " +
@@ -103,9 +107,10 @@ using Parts = std::tuple<std::vector<int>, std::vector<int>>;  // PartNumbers or
 // codebook; restore, its heads and width; inv_freq, their number, factor; tables
 using Shared = std::tuple<CodebookTensor, std::tuple<Address, int, int>, std::tuple<Address, int, float>, Address>;
 using Shareds = std::tuple<Shared, Shared>;
-using Pages = std::tuple<Address, int64_t, int>;  // data, number, page_size
+using Pages = std::tuple<Address, int64_t, int64_t, int>;  // data, number, stride, page_size
 using Tables = std::tuple<Address, int, Address>;  // block_table, its width, packed_len
-using Hot = std::tuple<Address, Address, Address, int, int, int64_t, int64_t, int>;
+// k, v, lengths, rows and their number, dtype, capacity, strides, sinks
+using Hot = std::tuple<Address, Address, Address, Address, int64_t, int, int, int64_t, int64_t, int>;
 using Scoring = std::tuple<float, int64_t, float>;  // scale, window, softcap
 
 Side side_of(const std::vector<int>& part, const Shared& shared, int head_dim) {
@@ -128,9 +133,9 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
             const Shareds& shared, const Pages& pool, const Tables& tables, const Hot& hot, const Scoring& scoring, int threads) {
   const auto& [q, out, lse, positions, dtype] = q_tensors;
   const auto& [batch, heads, kv_heads, queries, head_dim] = shape;
-  const auto& [pages, num_pages, page_size] = pool;
+  const auto& [pages, num_pages, page_stride, page_size] = pool;
   const auto& [block_table, table_width, packed_len] = tables;
-  const auto& [hot_k, hot_v, hot_len, hot_dtype, hot_capacity, batch_stride, head_stride, sinks] = hot;
+  const auto& [hot_k, hot_v, hot_len, hot_rows, num_rows, hot_dtype, hot_capacity, batch_stride, head_stride, sinks] = hot;
   const auto& [scale, window, softcap] = scoring;
   const Kernels& kernels = find(isa);
   const AttendRequest request{
@@ -146,12 +151,14 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .key = side_of(std::get<0>(parts), std::get<0>(shared), head_dim),
       .value = side_of(std::get<1>(parts), std::get<1>(shared), head_dim),
       .pages = at<const uint8_t>(pages),
+      .page_stride = page_stride,
       .page_size = page_size,
       .block_table = at<const int32_t>(block_table),
       .table_width = table_width,
       .packed_len = at<const int32_t>(packed_len),
       .hot_k = at<const void>(hot_k),
       .hot_v = at<const void>(hot_v),
+      .hot_rows = at<const int32_t>(hot_rows),
       .hot_dtype = DType(hot_dtype),
       .hot_batch_stride = batch_stride,
       .hot_head_stride = head_stride,
@@ -165,7 +172,7 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .lookups = kernels.lookups,
   };
   const nb::gil_scoped_release released;
-  check(request, num_pages, hot_capacity);
+  check(request, num_pages, num_rows, hot_capacity);
   kernels.attend(request);
 }
 

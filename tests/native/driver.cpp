@@ -159,6 +159,7 @@ void attend_once(const Kernels& kernels) {
 
   r.table_width = below(9);
   const int num_pages = 1 + below(12), capacity = r.num_sink_tokens + pick({0, 1, 63, 64, 150});
+  r.page_stride = int64_t(r.page_bytes());
   const size_t page_bytes = r.page_bytes(), row_bytes = size_t(r.head_dim) * size_of(r.hot_dtype);
   Exact<uint8_t> pool(num_pages * r.kv_heads * page_bytes);
   Exact<int32_t> table(size_t(r.batch) * r.table_width), packed_len(r.batch), hot_len(r.batch);

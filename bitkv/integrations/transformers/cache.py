@@ -52,7 +52,7 @@ class PackedCache(Cache):  # type: ignore[misc]
     ) -> None:
         decoder = decoder_config(config)
         stock = _stock_layers(decoder, max_cache_len)
-        self.max_cache_len = max_cache_len
+        self._max_cache_len = max_cache_len
         self.fingerprint = fingerprint(config)
         recipe = as_recipe(recipe)
         if recipe.calibration is not None and recipe.calibration.model != self.fingerprint:
@@ -82,6 +82,11 @@ class PackedCache(Cache):  # type: ignore[misc]
             )
 
         super().__init__([packed(i) if full[i] else layer for i, layer in enumerate(stock)])
+
+    @property
+    def max_cache_len(self) -> int | None:
+        """Tokens of a static cache, else None; Transformers before 5.20 has a property of that name."""
+        return self._max_cache_len
 
     @property
     def recipe(self) -> Recipe:

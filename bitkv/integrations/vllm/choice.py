@@ -1,0 +1,61 @@
+"""The recipe that was chosen, for the model that is served."""
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitkv.integrations.vllm import RECIPE
+from bitkv.packing import Packing, page_format
+from bitkv.recipe import Recipe
+from bitkv.recipe.file import as_recipe
+from bitkv.rope import Rope
+
+
+@cache
+def chosen_recipe() -> Recipe:
+    """What BITKV_RECIPE names.
+
+    Raises:
+        ValueError: no recipe, or a damaged file.
+    """
+    return as_recipe(os.environ[RECIPE])
+
+
+def page_bytes(config: Any, head_dim: int) -> int:
+    """Of the layer whose pages are the largest.
+
+    Raises:
+        ValueError: a codec that cannot serve the shape.
+    """
+    recipe, model = chosen_recipe(), config.model_config
+    layers = model.get_num_layers(config.parallel_config)
+    most = max(
+        page_format(
+            *recipe.codecs(i),
+            head_dim=head_dim,
+            page_size=recipe.page_size,
+            dtype=model.dtype,
+            device=torch.device(config.device_config.device_type),
+            layout=None,
+        ).page_bytes
+        for i in range(layers)
+    )
+    return -(-most // recipe.page_size) * recipe.page_size
+
+
+def packing_of(config: Any, layer_idx: int, key: Tensor) -> Packing:
+    """How the tokens of a layer become pages; `key` `[N, Hkv, D]` is like its keys."""
+    recipe = chosen_recipe()
+    like = key[:1].transpose(0, 1).unsqueeze(0)
+    return Packing.of(
+        *recipe.codecs(layer_idx), like, page_size=recipe.page_size, layout=None, rope=_rope(config)
+    )
+
+
+def _rope(config: Any) -> Rope | None:
+    from bitkv.integrations.transformers.rope import rope_of
+
+    return rope_of(config.model_config.hf_text_config)

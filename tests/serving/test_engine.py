@@ -1,0 +1,187 @@
+"""bitkv inside vLLM: the same answers whoever else is served, however prompts are cut, on any ranks.
+
+Everything is greedy in float32, so that no two tokens tie, and every step is checked (BITKV_CHECK): what
+a new block's slot held before is overwritten with NaN, which any stale read would spread.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitkv.generation.checkpoint import ASSETS
+from bitkv.recipe import Recipe, parse
+
+ENGINE = Path(__file__).parent / "engine.py"
+RECIPE = "kivi2"
+NEW = 24
+
+
+def run(
+    *jobs: dict[str, Any], recipe: str = RECIPE, env: dict[str, str] | None = None, **options: Any
+) -> Any:
+    """What an engine with these options answers, and how many blocks it had."""
+    path = Path(os.environ["SERVING_TMP"]) / f"{random.getrandbits(64):x}.json"
+    defaults = {
+        "model": str(ASSETS),
+        "dtype": "float32",
+        "max_model_len": 4096,
+        "max_num_seqs": 16,
+        "block_size": 128,
+        "enforce_eager": True,
+        "disable_log_stats": True,
+    }
+    path.write_text(json.dumps({"options": defaults | options, "jobs": jobs}), encoding="utf-8")
+    variables = {"BITKV_RECIPE": recipe, "BITKV_CHECK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
+    done = subprocess.run(
+        [sys.executable, str(ENGINE), str(path)],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stdout[-6000:] + done.stderr[-6000:])
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def job(prompts: list[list[int]], **options: Any) -> dict[str, Any]:
+    return {"prompts": prompts, "sampling": {"max_tokens": NEW}} | options
+
+
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory):
+    os.environ["SERVING_TMP"] = str(tmp_path_factory.mktemp("serving"))
+
+
+@cache
+def text() -> list[int]:
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    return tokenizer((ASSETS / "heldout.txt").read_text(encoding="utf-8")[:60_000])["input_ids"]
+
+
+@cache
+def requests() -> list[list[int]]:
+    """32 prompts of 1 to 900 tokens; some share their beginning, some end with a block."""
+    draw = random.Random(7)
+    shared = text()[:300]
+    prompts = []
+    for i in range(32):
+        length = [1, 127, 128, 129, 256][i] if i < 5 else draw.randint(2, 900)
+        start = draw.randrange(len(text()) - 900)
+        own = text()[start : start + length]
+        prompts.append(shared + own if i % 4 == 3 else own)
+    return prompts
+
+
+@cache
+def first_engine() -> Any:
+    """Jobs: alone; all at once; again, from the prefix cache; four answers each."""
+    some = requests()[:8]
+    return run(
+        job(requests(), alone=True),
+        job(requests(), forget=True),
+        job(requests()),
+        job(some, sampling={"max_tokens": NEW, "n": 4, "temperature": 1.0, "top_k": 1}),
+        max_num_batched_tokens=200,
+        enable_prefix_caching=True,
+    )
+
+
+def tokens_of(answers: Any) -> list[list[int]]:
+    return [answer["tokens"][0] for answer in answers]
+
+
+def alone() -> list[list[int]]:
+    return tokens_of(first_engine()["jobs"][0])
+
+
+def test_32_requests_at_once_in_chunks_get_the_answers_they_get_alone():
+    assert tokens_of(first_engine()["jobs"][1]) == alone()
+
+
+def test_the_prefix_cache_changes_no_answer():
+    again = first_engine()["jobs"][2]
+    assert sum(answer["cached"] for answer in again) > 5_000
+    assert tokens_of(again) == alone()
+
+
+def test_four_answers_of_one_request_are_those_of_four_requests():
+    for answer, expected in zip(first_engine()["jobs"][3], alone(), strict=False):
+        assert answer["tokens"] == [expected] * 4
+
+
+def test_preemption_and_whole_prompts_without_a_prefix_cache_change_no_answer():
+    """18 blocks hold two long requests: those behind are preempted and computed again."""
+    found = run(
+        job(requests()), num_gpu_blocks_override=18, enable_prefix_caching=False, max_model_len=1280
+    )
+    assert found["blocks"] == 18
+    assert tokens_of(found["jobs"][0]) == alone()
+
+
+def test_two_ranks_give_the_answers_of_one():
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    found = run(job(requests()), env=env, tensor_parallel_size=2, max_num_batched_tokens=256)
+    assert tokens_of(found["jobs"][0]) == alone()
+
+
+def test_packed_blocks_go_to_disk_and_come_back(tmp_path):
+    """vLLM's stock connector takes blocks as bytes: 3 bits an element of 16."""
+    connector = {
+        "kv_connector": "ExampleConnector",
+        "kv_role": "kv_both",
+        "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
+    }
+    prompts = [text()[:1100]]
+    first, second = (run(job(prompts), kv_transfer_config=connector) for _ in range(2))
+    assert tokens_of(first["jobs"][0]) == tokens_of(second["jobs"][0])
+    stored = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    elements = 2 * 4 * 2 * 64 * 1024  # keys and values of 4 layers, 2 heads, 64 channels, 8 whole blocks
+    assert 3 / 8 <= stored / elements < 3.2 / 8
+    assert second["jobs"][0][0]["cached"] >= 1024
+
+
+def windowless(recipe: str) -> Recipe:
+    """What vLLM serves: earlier blocks packed, the own one exact."""
+    return replace(parse(recipe), num_sink_tokens=0, recent_tokens=0)
+
+
+def streamed_choices(prompt: list[int], recipe: str) -> list[int]:
+    """The likeliest token behind each of a prompt's, by Transformers with the same pages."""
+    from bitkv.integrations.transformers import PackedCache
+
+    model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
+    cache = PackedCache(model.config, windowless(recipe))
+    model.set_attn_implementation("bitkv")
+    found: list[int] = []
+    with torch.inference_mode():
+        for i in range(0, len(prompt), 128):
+            chunk = torch.tensor([prompt[i : i + 128]])
+            found += model(chunk, past_key_values=cache).logits[0].argmax(-1).tolist()
+    return found[:-1]
+
+
+LAYERWISE = (
+    "Recipe(key=Split(Affine(2, 'channel', 32, 'mse'), 2, Affine(1, 'channel', 'page', 'mse')), "
+    "value=Split(Affine(4, 'token', 32), 1, Affine(1, 'token', 'page', 'mse')))"
+)
+
+
+@pytest.mark.parametrize("recipe", ["kivi2", LAYERWISE])
+def test_pages_mean_the_same_in_transformers(recipe):
+    prompt = text()[:4000]
+    params = {"max_tokens": 1, "prompt_logprobs": 1}
+    found = run(job([prompt], sampling=params), recipe=recipe, max_num_batched_tokens=640)["jobs"][0][0]
+    expected = streamed_choices(prompt, recipe)
+    assert len(found) == len(expected)
+    agree = sum(a == b for a, b in zip(found, expected, strict=True)) / len(found)
+    assert agree >= 0.995
