@@ -119,6 +119,7 @@ def test_four_answers_of_one_request_are_those_of_four_requests():
         assert answer["tokens"] == [expected] * 4
 
 
+@pytest.mark.slow
 def test_preemption_and_whole_prompts_without_a_prefix_cache_change_no_answer():
     """18 blocks hold two long requests: those behind are preempted and computed again."""
     found = run(
@@ -134,6 +135,7 @@ def test_two_ranks_give_the_answers_of_one():
     assert tokens_of(found["jobs"][0]) == alone()
 
 
+@pytest.mark.slow
 def test_packed_blocks_go_to_disk_and_come_back(tmp_path):
     """vLLM's stock connector takes blocks as bytes: 3 bits an element of 16."""
     connector = {
@@ -176,6 +178,7 @@ LAYERWISE = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["kivi2", LAYERWISE])
 def test_pages_mean_the_same_in_transformers(recipe):
     prompt = text()[:4000]

@@ -72,7 +72,7 @@ class PackedBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """A token's bytes of a KV head: those of a page, in the layer that takes most, over its tokens."""
+        """Bytes of a token and KV head: a page over its tokens, in the layer that takes most."""
         assert cls.config is not None, "vLLM asks for specs once it has made layers"
         size = page_bytes(cls.config, spec.head_size) // chosen_recipe().page_size
         return replace(spec, dtype=torch.uint8, state_content_bytes=size)

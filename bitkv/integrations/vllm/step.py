@@ -29,7 +29,7 @@ class Group:
 
     Args:
         tokens: int64 `[B, Tq]`, which tokens of the step; rows with fewer repeat their first.
-        positions: int64 `[B, Tq]`, their places in sequences, -1 behind a row's last; None: all are there.
+        positions: int64 `[B, Tq]`, their places in sequences, -1 behind a row's last; None: all there.
         slots: int64 `[B]`, of the tails.
         offsets: int64 `[B]`, of the first query in its block.
         packed_len, hot_len: int32 `[B]`, tokens in earlier blocks, and in the own one with queries.
