@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SERVE := .venv-serve
 SELECT :=
 
-.PHONY: run test serve test-serve sanitize check lint types results clean
+.PHONY: run test serve test-serve sanitize check lint types results results-serve clean
 
 run: $(VENV)/.ready  ## answer from the bundled document with a 2-bit cache, beside the 16-bit cache
 	$(BIN)/bitkv generate --demo --compare
@@ -33,6 +33,9 @@ types: $(VENV)/.ready
 
 results: $(VENV)/.ready  ## measure again what README and docs/results.md show
 	$(BIN)/python -m benchmarks.run
+
+results-serve: $(SERVE)/.ready  ## measure again what vLLM gains
+	$(SERVE)/bin/python -m benchmarks.serving
 
 clean:
 	rm -rf $(VENV) $(SERVE)

@@ -350,6 +350,27 @@ def gpu_model() -> str:
     return markdown([*headings, *times], lines)
 
 
+def serving() -> str:
+    """Decode steps and capacity inside vLLM, beside its own cache in the same run."""
+    found = rows("serving")
+    contexts = list(dict.fromkeys((r["sequences"], r["context"]) for r in found))
+    headings = ["", "tokens a GiB", "× bfloat16"]
+    for sequences, context in contexts:
+        headings += [f"{sequences} × {context:,}: attention ms", "×", "step ms", "×"]
+    lines = []
+    for recipe in dict.fromkeys(r["recipe"] for r in found):
+        of = {r["context"]: r for r in found if r["recipe"] == recipe}
+        first = of[contexts[0][1]]
+        per_gib = first["cache_tokens_beside_tails"] // first["gib"]
+        line = [f"`{recipe}`", f"{per_gib:,}", times(first["capacity_ratio"])]
+        for _, context in contexts:
+            row = of[context]
+            for name in ("attention_ms_per_step", "ms_per_step"):
+                line += [f"{row[name]:.1f}", times(row[f"{name}_ratio"])]
+        lines.append(line)
+    return markdown(headings, lines)
+
+
 def recipes() -> str:
     """Every preset, measured on a page."""
     lines = []
@@ -360,6 +381,7 @@ def recipes() -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "serving": serving,
     "recipes": recipes,
     "methods": lambda: methods.table(rows("methods"), markdown),
     "methods_short": lambda: methods.short_table(rows("methods"), markdown),
