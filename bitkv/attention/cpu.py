@@ -5,7 +5,7 @@ products, and scales are folded into those once a group.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -54,10 +54,7 @@ def _attend(
     block_table, packed_len, hot_len = (
         _plain(x, torch.int32) for x in (block_table, packed_len, hot_len)
     )
-    if positions is not None:
-        positions = _plain(positions, torch.int64)
-    if hot_rows is not None:
-        hot_rows = _plain(hot_rows, torch.int32)
+    positions, hot_rows = _plain(positions, torch.int64), _plain(hot_rows, torch.int32)
     if hot_k.stride() != hot_v.stride() or hot_k.stride()[2:] != (q.shape[3], 1):
         hot_k, hot_v = hot_k.contiguous(), hot_v.contiguous()
     batch, heads, queries, head_dim = q.shape
@@ -66,13 +63,10 @@ def _attend(
     value_shared = _Shared.of("value", q.shape[3], value_codebook, value_restore)
     page_size = key[_PAGE_SIZE_AT[len(key)]]
     out, lse = torch.empty_like(q), torch.empty(batch, heads, queries, dtype=torch.float32)
-    last_seen = 0 if positions is None else positions.data_ptr()
-    tensors = (q.data_ptr(), out.data_ptr(), lse.data_ptr(), last_seen)
-    rows = 0 if hot_rows is None else hot_rows.data_ptr()
-    hot = (hot_k.data_ptr(), hot_v.data_ptr(), hot_len.data_ptr(), rows, num_rows)
+    hot = (*map(_address, (hot_k, hot_v, hot_len, hot_rows)), num_rows)
     native.module().attend(
         native.isa(),
-        (*tensors, native.DTYPES[q.dtype]),
+        (*map(_address, (q, out, lse, positions)), native.DTYPES[q.dtype]),
         (batch, heads, kv_heads, queries, head_dim),
         (list(key), list(value)),
         (key_shared.numbers(factor), value_shared.numbers()),
@@ -125,12 +119,22 @@ _NOTHING = _Shared()
 
 
 def _floats(x: Tensor | None) -> Tensor | None:
-    return None if x is None else _plain(x, torch.float32)
+    return _plain(x, torch.float32)
 
 
-def _plain(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@overload
+def _plain(x: Tensor, dtype: torch.dtype) -> Tensor: ...
+@overload
+def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None: ...
+def _plain(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The tensor contiguous and in this dtype; torch is asked only for what must change."""
-    return x if x.dtype == dtype and x.is_contiguous() else x.to(dtype).contiguous()
+    if x is None or (x.dtype == dtype and x.is_contiguous()):
+        return x
+    return x.to(dtype).contiguous()
 
 
 def _pages(x: Tensor) -> Tensor:

@@ -91,16 +91,10 @@ inline void cap(const AttendRequest& r, float* score, int count) {
   }
 }
 
-// Values of some pages as codes, for which weights are rounded; of no pages for other values.
-struct Coded {
-  const Half* part;
-  Halves pages;
-};
-
-// Scores of H rows to weights relative to `high`, whose sums go to `total`. Units of weights times scales are
-// found on the way where values are codes.
+// Scores of H rows to weights relative to `high`, whose sums go to `total`. With `values`, whose scales are
+// at `data`, units are found on the way for weights times scales.
 template <int H>
-inline void weigh(const Queries& q, int row, int count, const Coded& values, float* total, Scratch& s) {
+inline void weigh(const Queries& q, int row, int count, const Half* values, const uint8_t* data, float* total, Scratch& s) {
   F totals[H];
   float high[H];
   repeat<H>([&](auto h) { totals[h] = set(0); });
@@ -111,25 +105,20 @@ inline void weigh(const Queries& q, int row, int count, const Coded& values, flo
     totals[h] = totals[h] + p;
     return p;
   };
-  if (values.pages.count > 0) {
-    const Half& part = *values.part;
-    const int columns = part.columns, groups = part.groups;  // which stores might change, for all the compiler knows
-    with_rule<true>(part, [&](auto rule) {
+  if (values) {
+    with_rule<true>(*values, [&](auto rule) {
       using Rule = decltype(rule);
-      for (int p = 0; p < values.pages.count; ++p) {
-        const uint16_t* scales = part.scales(values.pages.data[p]);
-        measure<Rule, H>(columns, Units::slot(row, p, H), s.of_weights, [&](int t, int end, F (&top)[H], F (&squares)[H]) {
-          for (; t < end; t += kLanes) {
-            const F scale = largest_scales(scales, groups, columns, t);
-            repeat<H>([&](auto h) {
-              const F y = weight(h, p * columns + t) * scale;
-              top[h] = max(top[h], Rule::size(y));
-              squares[h] = fma(y, y, squares[h]);
-            });
-          }
-        });
-      }
-      settle<Rule>(part.columns, square_of_group(part.groups), Units::slot(row, 0, H), values.pages.count * H, s.of_weights);
+      const auto top_of = [&](int t, int end, F (&top)[H], F (&squares)[H]) {
+        for (; t < end; t += kLanes) {
+          const F scale = largest_scales(values->scales(data), values->groups, values->columns, t);
+          repeat<H>([&](auto h) {
+            const F y = weight(h, t) * scale;
+            top[h] = max(top[h], Rule::size(y));
+            squares[h] = fma(y, y, squares[h]);
+          });
+        }
+      };
+      find_units<Rule, H>(count, square_of_group(values->groups), row, s.of_weights, top_of);
     });
   } else {
     for (int t = 0; t < count; t += kLanes) repeat<H>([&](auto h) { weight(h, t); });
@@ -138,7 +127,8 @@ inline void weigh(const Queries& q, int row, int count, const Coded& values, flo
 }
 
 // Turns scores into weights; false if all are negligible. See `weigh`.
-inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int count, const Coded& values, Scratch& s) {
+inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int count, const Half* values,
+                   const uint8_t* data, Scratch& s) {
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int i = 0; r.softcap > 0 && i < q.rows; ++i) cap(r, s.scores[i], padded);
   hide(r, q, first, count, padded, s);
@@ -148,14 +138,14 @@ inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int 
   bool matters = false;
   by_rows(q.rows, [&](int row, auto h) {
     float total[h()];
-    weigh<h()>(q, row, padded, values, total, s);
+    weigh<h()>(q, row, padded, values, data, total, s);
     bool raised = false;
     for (int i = 0; i < h(); ++i) {
       if (total[i] <= kHeadroom) continue;
       raise(q, q.softmax[row + i], largest(s.scores[row + i], padded));
       raised = true;
     }
-    if (raised) weigh<h()>(q, row, padded, values, total, s);
+    if (raised) weigh<h()>(q, row, padded, values, data, total, s);
     for (int i = 0; i < h(); ++i) {
       Softmax& state = q.softmax[row + i];
       matters |= total[i] > state.total * kNegligible;
@@ -207,9 +197,9 @@ inline void hot_scores(const Loader& keys, int dim, const float* x, int count, f
   }
 }
 
-// out[i] += weights[i] from `first` on . values of `count` tokens, for H rows, as many channels at a time as sums fit in registers.
+// out[i] += weights[i] . values of `count` tokens, for H rows, as many channels at a time as sums fit in registers.
 template <int H, class Loader>
-inline void hot_values(const Loader& values, int dim, const float (*weights)[kTile], int count, int first, float* out, int stride) {
+inline void hot_values(const Loader& values, int dim, const float (*weights)[kTile], int count, float* out, int stride) {
   constexpr int C = std::max(1, std::min(4, kAccumulators / H));
   const auto sum_channels = [&](int c, auto vectors) {
     F acc[H][vectors()];
@@ -218,7 +208,7 @@ inline void hot_values(const Loader& values, int dim, const float (*weights)[kTi
       F v[vectors()];
       repeat<vectors()>([&](auto j) { v[j] = values(t * dim + c + j * kLanes); });
       repeat<H>([&](auto i) {
-        const F weight = set(weights[i][first + t]);
+        const F weight = set(weights[i][t]);
         repeat<vectors()>([&](auto j) { acc[i][j] = fma(v[j], weight, acc[i][j]); });
       });
     }
@@ -249,11 +239,11 @@ inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset,
       hot_scores<h()>(keys, dim, q.x + row * dim, count, s.scores[row], kTile);
     });
   });
-  if (!soften(r, q, first, count, {}, s)) return;
+  if (!soften(r, q, first, count, nullptr, nullptr, s)) return;
   with_loader(r.hot_v, r.hot_dtype, [&](const auto& load_value) {
     const auto values = [&](int i) { return load_value(offset + i); };
     by_four_rows(q.rows, [&](int row, auto h) {
-      hot_values<h()>(values, dim, s.weights + row, count, 0, q.softmax[row].out, q.stride);
+      hot_values<h()>(values, dim, s.weights + row, count, q.softmax[row].out, q.stride);
     });
   });
 }
@@ -363,53 +353,29 @@ inline void score_floats(const AttendRequest& r, const Plan& plan, const Queries
   });
 }
 
-// Consecutive pages of a sequence that go through each step together.
-struct Tile {
-  const uint8_t* page[kTilePages];
-  ptrdiff_t ahead[kTilePages];  // to the pages that come after these
-  int pages, page_size, head;
-  int64_t first;  // token
-
-  int tokens() const { return pages * page_size; }
-  // Pages from `begin` on, as many as go together, `offset` bytes into them.
-  Halves halves(int begin, size_t offset) const {
-    Halves h;
-    h.count = std::min(kTogether, pages - begin);
-    for (int p = 0; p < h.count; ++p) h.data[p] = page[begin + p] + offset, h.ahead[p] = ahead[begin + p];
-    return h;
-  }
-};
-
-// Scores of a tile's keys; `angle` is that of its first page, and goes on.
-inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s) {
-  for (int p = 0; p < tile.pages && !plan.keys_as_floats; p += kTogether) {
-    const Result out{s.scores[0] + p * tile.page_size, kTile, false};
-    keys_times(plan.key, tile.halves(p, 0), q.page_x, r.key.width, q.rows, out, tile.page_size, s);
-  }
-  for (int p = 0; p < tile.pages && plan.keys_as_floats; ++p) {
-    score_floats(r, plan, q, tile.page[p], tile.head, angle, s.scores[0] + p * tile.page_size, s);
-    if (plan.turns) angle.next_page(*plan.turns);
-  }
+inline void add_float_values(const AttendRequest& r, const Queries& q, const uint8_t* data, int head, Scratch& s) {
+  decode_codes(r.value, data, head, s.decoded);
+  by_four_rows(q.rows, [&](int row, auto h) {
+    hot_values<h()>([&](int i) { return load(s.decoded + i); }, r.value.width, s.weights + row, r.page_size,
+                    q.softmax[row].out, q.stride);
+  });
 }
 
-inline void add_float_values(const AttendRequest& r, const Queries& q, const Tile& tile, Scratch& s) {
-  for (int p = 0; p < tile.pages; ++p) {
-    decode_codes(r.value, tile.page[p] + r.key.nbytes(), tile.head, s.decoded);
-    by_four_rows(q.rows, [&](int row, auto h) {
-      hot_values<h()>([&](int i) { return load(s.decoded + i); }, r.value.width, s.weights + row, r.page_size, p * r.page_size,
-                      q.softmax[row].out, q.stride);
-    });
-  }
+// Scores of a page's keys; `ahead` is the distance to the page that comes next.
+inline void score_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
+                       const Angle& angle, ptrdiff_t ahead, float* scores, Scratch& s) {
+  if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, scores, s);
+  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {scores, kTile, false}, ahead, s);
 }
 
-// From scores of a tile to sums of its values.
-inline void add_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Scratch& s) {
-  const Halves pages = tile.halves(0, r.key.nbytes());
-  Coded values{&plan.value, pages};
-  if (r.value.has_codebook || !plan.value.is_integer()) values.pages.count = 0;
-  if (!soften(r, q, tile.first, tile.tokens(), values, s)) return;
-  if (r.value.has_codebook) add_float_values(r, q, tile, s);
-  else values_times(plan.value, pages, s.weights[0], kTile, r.page_size, q.rows, {q.softmax[0].out, q.stride, true}, s);
+// From scores of a page, whose tokens are those from `first` on, to sums of its values.
+inline void add_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head, int64_t first,
+                     ptrdiff_t ahead, Scratch& s) {
+  const uint8_t* data = page + r.key.nbytes();
+  const bool integers = !r.value.has_codebook && plan.value.is_integer();
+  if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, s)) return;
+  if (r.value.has_codebook) return add_float_values(r, q, data, head, s);
+  values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, ahead, s);
 }
 
 }  // namespace bitkv::BITKV_ISA
@@ -420,45 +386,37 @@ inline void add_tile(const AttendRequest& r, const Plan& plan, const Queries& q,
 
 namespace bitkv::BITKV_ISA {
 
-// Scores and values of a tile, by tables of its codebooks where there are any.
-inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s) {
-  if (!sees_any(r, q, tile.first, tile.tokens())) {
-    for (int p = 0; plan.turns && p < tile.pages; ++p) angle.next_page(*plan.turns);
-    return;
-  }
-#if defined(BITKV_LOOKUP)
-  if (plan.looks_up_keys) look_up_scores(r, plan, q, tile, angle, s);
-  else score_tile(r, plan, q, tile, angle, s);
-  if (plan.looks_up_values) look_up_values(r, q, tile, s);
-  else add_tile(r, plan, q, tile, s);
-#else
-  score_tile(r, plan, q, tile, angle, s);
-  add_tile(r, plan, q, tile, s);
-#endif
-}
-
 // Pages of a part of a sequence, up to `end`.
 inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries& q, int b, int head, int part, int end,
                          Scratch& s) {
   const int32_t* table = r.block_table + int64_t(b) * r.table_width;
   const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * r.page_stride; };
+  const auto ahead = [&](int i, int by) { return i + by < end ? page(i + by) - page(i) : 0; };
   Angle angle;
   if (plan.turns) angle = plan.angles[part];
   int i = part * plan.part_size;
 #if defined(BITKV_LOOKUP)
-  if (plan.looks_up_keys && !r.key.inv_freq && i < end) tabulate_rows(r.key, q, head);
-#endif
-  const int most = plan.looks_up_values ? kTileTokens / r.page_size : kTogether;
-  for (int n; i < end; i += n) {
-    n = std::min(most, end - i);
-    Tile tile;
-    tile.pages = n, tile.page_size = r.page_size, tile.head = head;
-    tile.first = r.num_sink_tokens + int64_t(i) * r.page_size;
-    for (int p = 0; p < n; ++p) {
-      tile.page[p] = page(i + p);
-      tile.ahead[p] = i + p + n < end ? page(i + p + n) - page(i + p) : 0;
+  if (plan.looks_up_keys || plan.looks_up_values) {
+    LookupScratch& l = lookup_scratch();
+    if (plan.looks_up_keys && !r.key.inv_freq && i < end) tabulate_rows(r.key, q, head, l);
+    const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
+    for (int n; i < end; i += n) {
+      n = std::min(most, end - i);
+      Tile tile;
+      tile.pages = n, tile.page_size = r.page_size, tile.head = head;
+      tile.first = r.num_sink_tokens + int64_t(i) * r.page_size;
+      for (int p = 0; p < n; ++p) tile.page[p] = page(i + p), tile.ahead[p] = ahead(i + p, n);
+      attend_tile(r, plan, q, tile, angle, s, l);
     }
-    attend_tile(r, plan, q, tile, angle, s);
+  }
+#endif
+  for (; i < end; ++i) {
+    const int64_t first = r.num_sink_tokens + int64_t(i) * r.page_size;
+    if (sees_any(r, q, first, r.page_size)) {
+      score_page(r, plan, q, page(i), head, angle, ahead(i, 1), s.scores[0], s);
+      add_page(r, plan, q, page(i), head, first, ahead(i, 1), s);
+    }
+    if (plan.turns) angle.next_page(*plan.turns);
   }
 }
 

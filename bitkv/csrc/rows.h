@@ -16,13 +16,9 @@ constexpr int kColumns = 256;  // channels of a head or tokens of a page, at mos
 constexpr int kWidth = 512;    // numbers of a token that pages code, at most: a linear map may give more than channels
 constexpr int kTokens = 128;   // tokens of a page, at most
 constexpr int kTileTokens = 1024;        // whose scores are kept together, at most
-constexpr int kTilePages = kTileTokens / 64;
 constexpr int kTile = kTileTokens + 64;  // between rows of them: powers of two would share cache sets
 constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
 constexpr int kMaxH = kAccumulators >= 16 ? 8 : 4;  // rows that are multiplied at once
-constexpr int kTogether = 4;   // pages that go through each step together: who waits for a sum waits once for all
-constexpr int kSlots = kRows * kTogether;  // numbers of query rows times pages
-constexpr int kBatch = 16;     // of these that are rounded before they are multiplied: they stay in the first-level cache
 
 // Calls fn(0), ..., fn(N - 1) with constants. Sums live in arrays, which stay in registers only where
 // every index is a constant.
@@ -75,34 +71,23 @@ struct Half {
   bool is_integer() const { return !is_raw && bits < 8; }
 };
 
-// The same half of some pages; `ahead` is the distance from each to the page that is fetched meanwhile: the
-// hardware does not look beyond 4 KB.
-struct Halves {
-  const uint8_t* data[kTogether];
-  ptrdiff_t ahead[kTogether];
-  int count;
-};
-
-// Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns. H rows from `row` on
-// have a slot for each of them and each page, page after page, from that of `slot` on.
+// Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns.
 struct Units {
-  static constexpr int kSize = kSlots + kLanes;  // a vector may begin at the last slot
-  alignas(64) float unit[kUnitBlocks][kSize], inverse[kUnitBlocks][kSize];
-  alignas(64) float square[kSize], coarse[kSize];  // sums of squares; 1 where what rounding leaves matters
-
-  static int slot(int row, int page, int h) { return row * kTogether + page * h; }
+  float unit[kUnitBlocks][kRows], inverse[kUnitBlocks][kRows];
+  bool is_coarse[kRows];  // whether what rounding leaves matters
 };
 
 // Rows of numbers to multiply with codes: bytes, and a second term for what rounding left.
 struct Numbers {
-  alignas(64) int8_t high[kBatch][kColumns], low[kMaxH][kColumns];
-  float offset[kBatch], low_offset[kMaxH];  // what turns sums of codes into sums of values
+  alignas(64) int8_t high[kMaxH][kColumns], low[kMaxH][kColumns];
+  float unit[kUnitBlocks][kMaxH], low_unit[kUnitBlocks][kMaxH];  // what the bytes are multiples of
+  float offset[kMaxH], low_offset[kMaxH];                       // what turns sums of codes into sums of values
 };
 
 struct Scratch {
   Numbers numbers;
-  alignas(64) uint8_t tables[kBatch][kColumns * 4];  // for lookups: the sums of each choice of a quad
-  Units of_weights, of_queries, of_rest;
+  alignas(64) uint8_t tables[kMaxH][kColumns * 4];  // for 1-bit codes: the sums of each choice of a quad
+  Units of_weights, of_queries;
   alignas(64) float x[kRows][kColumns], out[kRows][kWidth];
   alignas(64) float scaled[kMaxH][kColumns];
   alignas(64) float scores[kRows][kTile], weights[kRows][kTile];
@@ -118,7 +103,6 @@ struct Result {
   bool add;
 
   Result from(int h) const { return {data + h * stride, stride, add}; }
-  Result on(int by) const { return {data + by, stride, add}; }
   void put(int h, int block, F value) const {
     float* p = data + h * stride + block * kLanes;
     store(p, add ? load(p) + value : value);
@@ -167,11 +151,14 @@ struct Rounding {
   // there errors grow as quantization's no longer do.
   static constexpr float kSpread = kTables ? 9 : 5.5f;
 
-  // Rounding costs more than it should where the variance of a unit times that of codes around their
-  // middle is more than this share of the square of what quantization did to the numbers. `spread` is the
-  // square of the largest number, summed over columns; it is compared with the sum of squares.
-  static constexpr float kOfSpread = std::max(kVariance / (kTop * kTop * kError * kShare * kShare),
-                                              kPositive ? 0 : 1 / (kSpread * kSpread));
+  // Whether rounding may cost more than it should: the variance of a unit times that of codes around their
+  // middle, against the square of what quantization did to the numbers. `spread` is the square of the
+  // largest number, summed over columns.
+  static bool is_coarse(float spread, float square) {
+    constexpr float of_error = kVariance / (kTop * kTop * kError * kShare * kShare);
+    constexpr float of_spread = kPositive ? 0 : 1 / (kSpread * kSpread);
+    return spread * std::max(of_error, of_spread) > square;
+  }
 
   static int unit_columns(int columns) { return kFine ? kUnitColumns : columns; }
 
@@ -188,38 +175,29 @@ template <class Fn>
   for (; c < end; c += kLanes) fn(c, std::integral_constant<int, 1>());
 }
 
-// Gathers what units of H rows follow from, in their slots: `top_of(first, last, top, squares)` adds a block of
-// columns, the largest sizes and the sums of squares of each row.
+// Finds the units of H rows and whether rounding to them is coarse, from what `top_of(first, last, top,
+// squares)` gathers over a block of columns: the largest sizes and sums of squares of each row.
 template <class Rule, int H, class Fn>
-[[gnu::always_inline]] inline void measure(int columns, int slot, Units& units, const Fn& top_of) {
+[[gnu::always_inline]] inline void find_units(int columns, float square_of_group, int row, Units& units, const Fn& top_of) {
   F squares[H];
+  float spread[H] = {}, square[H];
   repeat<H>([&](auto h) { squares[h] = set(0); });
   for (int c = 0, block = 0; c < columns; ++block) {
     const int end = std::min(columns, c + Rule::unit_columns(columns));
     F top[H];
     repeat<H>([&](auto h) { top[h] = set(0); });
     top_of(c, end, top, squares);
-    maxima_of<H>(top, units.unit[block] + slot);
+    float largest[H];
+    maxima_of<H>(top, largest);
+    for (int h = 0; h < H; ++h) {
+      units.unit[block][row + h] = largest[h] * (1 / Rule::kTop);
+      units.inverse[block][row + h] = largest[h] > 1e-30f ? Rule::kTop / largest[h] : 0;
+      spread[h] += largest[h] * largest[h] * float(end - c);
+    }
     c = end;
   }
-  sums_of<H>(squares, units.square + slot);
-}
-
-// From what was measured to the units of `count` slots.
-template <class Rule>
-inline void settle(int columns, float square_of_group, int slot, int count, Units& units) {
-  const int width = Rule::unit_columns(columns);
-  for (int i = slot; i < slot + count; i += kLanes) {
-    F spread = set(0);
-    for (int c = 0, block = 0; c < columns; c += width, ++block) {
-      const F largest = load(units.unit[block] + i);
-      store(units.unit[block] + i, largest * set(1 / Rule::kTop));
-      store(units.inverse[block] + i, select_less(set(1e-30f), largest, set(Rule::kTop) / largest, set(0)));
-      spread = fma(largest * largest, set(float(std::min(width, columns - c))), spread);
-    }
-    const F square = load(units.square + i) * set(square_of_group);
-    store(units.coarse + i, select_less(square, spread * set(Rule::kOfSpread), set(1), set(0)));
-  }
+  sums_of<H>(squares, square);
+  for (int h = 0; h < H; ++h) units.is_coarse[row + h] = Rule::is_coarse(spread[h], square_of_group * square[h]);
 }
 
 // Where groups share units, the largest scales make them: what a group's squares are to the squares of those.
@@ -234,8 +212,8 @@ inline F largest_scales(const uint16_t* scales, int groups, int columns, int c) 
 }
 
 template <class Rule, int H>
-inline void measure_queries(const float* x, int stride, int columns, const uint16_t* scales, int groups, int slot, Units& units) {
-  measure<Rule, H>(columns, slot, units, [&](int c, int end, F (&top)[H], F (&squares)[H]) {
+inline void measure_queries(const float* x, int stride, int columns, const uint16_t* scales, int groups, int row, Units& units) {
+  find_units<Rule, H>(columns, square_of_group(groups), row, units, [&](int c, int end, F (&top)[H], F (&squares)[H]) {
     for (; c < end; c += kLanes) {
       const F scale = largest_scales(scales, groups, columns, c);
       repeat<H>([&](auto h) {
@@ -247,37 +225,34 @@ inline void measure_queries(const float* x, int stride, int columns, const uint1
   });
 }
 
-// What rounding left of a row, where it matters: low = (y - round(y)) in smaller steps, y = x * scale in units.
-// Its own units are in slot h of `of_rest`.
+// What rounding left of row h, where it matters: low = (y - round(y)) in smaller steps, y = x * scale in units.
 template <class Rule>
-inline void round_rest(const float* x, int columns, const uint16_t* scale, const Units& units, int slot, int h, Scratch& s) {
-  Numbers& n = s.numbers;
+inline void round_rest(const float* x, int columns, const uint16_t* scale, const Units& units, int row, int h, Numbers& n) {
   n.low_offset[h] = 0;
   for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
     I counts = zero_int();
     for (int c = begin; c < std::min(columns, begin + Rule::unit_columns(columns)); c += kLanes) {
-      F y = load(x + c) * set(units.inverse[block][slot]);
+      F y = load(x + c) * set(units.inverse[block][row + h]);
       if (scale) y = y * load_half(scale + c);
       const I rest = to_int((y - round(y)) * set(Rule::kLow));
       counts = counts + rest;
       store_bytes(n.low[h] + c, rest);
     }
-    s.of_rest.unit[block][h] = units.unit[block][slot] / Rule::kLow;
-    n.low_offset[h] -= s.of_rest.unit[block][h] * Rule::kMiddle * float(sum(counts));
+    n.low_unit[block][h] = n.unit[block][h] / Rule::kLow;
+    n.low_offset[h] -= n.low_unit[block][h] * Rule::kMiddle * float(sum(counts));
   }
 }
 
-// Rounds rows x, times the scales of their columns if these have any, to the units of their slots; `at` says
-// where among the numbers.
+// Rounds rows x, times the scales of their columns if these have any, to their units.
 //
 // The sums count codes from the middle of their range, so that the part all codes share is exact and
 // rounding meets only the deviations.
 template <class Rule, int H>
-inline void round_rows(const float* x, int stride, int columns, ColumnScales of, const Units& units, int slot, int at, Numbers& n) {
+inline void round_rows(const float* x, int stride, int columns, ColumnScales of, const Units& units, int row, Numbers& n) {
   F total[H];
   repeat<H>([&](auto h) { total[h] = set(0); });
   for (int begin = 0, block = 0; begin < columns; begin += Rule::unit_columns(columns), ++block) {
-    const float *unit = units.unit[block] + slot, *inverse = units.inverse[block] + slot;
+    const float *unit = units.unit[block] + row, *inverse = units.inverse[block] + row;
     F offsets[H];
     I counts[H];
     repeat<H>([&](auto h) { offsets[h] = set(0), counts[h] = zero_int(); });
@@ -295,15 +270,16 @@ inline void round_rows(const float* x, int stride, int columns, ColumnScales of,
           offsets[h] = fma(xc, middles[j], offsets[h]);
         });
         const B bytes = pack<Rule::kIsPositive>(y[0], y[1], y[2], y[3]);
-        store_bytes(n.high[at + h] + c, bytes);
+        store_bytes(n.high[h] + c, bytes);
         counts[h] = add_bytes<Rule::kIsPositive>(counts[h], bytes);
       });
     });
     repeat<H>([&](auto h) {
+      n.unit[block][h] = unit[h];
       total[h] = total[h] + fma(to_float(counts[h]), set(-Rule::kMiddle * unit[h]), offsets[h]);
     });
   }
-  sums_of<H>(total, n.offset + at);
+  sums_of<H>(total, n.offset);
 }
 
 // --- codes times bytes ----------------------------------------------------------------------------
@@ -362,7 +338,7 @@ template <int H, int R>
 }
 
 // Blocks [first, last), which share a row of scales, times H rows of numbers. Units of the next block of
-// columns are Units::kSize further on.
+// columns are kMaxH further on.
 template <int BITS, bool kPositive, bool kFine, int H, int R>
 inline void byte_sums(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
                       const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
@@ -379,7 +355,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
         multiply<BITS, kPositive, H, R>(acc, codes + v * 64, part.block_bytes, std::min(kVectors, part.vectors - v),
                                         numbers + b * kUnitColumns, ahead);
         repeat<R>([&](auto r) {
-          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * Units::kSize + h]), sums[r][h]); });
+          repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * kMaxH + h]), sums[r][h]); });
         });
       }
       repeat<R>([&](auto r) { repeat<H>([&](auto h) { out.put(h, block + r, sums[r][h]); }); });
@@ -419,11 +395,8 @@ template <bool kPairs, bool kPositive, int H, int R>
       const B first = load_bytes(tables + h * kColumns * 4), second = load_bytes(tables + h * kColumns * 4 + 64);
       repeat<R>([&](auto r) {
         const B one = lookup(first, low[r]), other = lookup(second, high[r]);
-        if constexpr (kPairs) {
-          acc[r][h] = add_bytes<kPositive>(acc[r][h], one + other);
-        } else {
-          acc[r][h] = add_bytes<kPositive>(add_bytes<kPositive>(acc[r][h], one), other);
-        }
+        if constexpr (kPairs) acc[r][h] = add_bytes<kPositive>(acc[r][h], one + other);
+        else acc[r][h] = add_bytes<kPositive>(add_bytes<kPositive>(acc[r][h], one), other);
       });
     });
   }
@@ -481,10 +454,11 @@ inline void prefetch_scales(const uint16_t* scale, const uint16_t* zero, int cou
 // Blocks [first, last) times H rows of numbers, in the way that suits the codes. kPositive: not for what
 // rounding weights left.
 template <class Rule, bool kPositive, int H>
-inline void sum_rows(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers, const uint8_t* tables,
-                     const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
+inline void sum_rows(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
+                     const float* unit, const float* offset, Result out, ptrdiff_t ahead, Scratch& s) {
   if constexpr (Rule::kHasTables) {
-    table_sums<Rule::kPairs, kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, tables, unit, offset, out, ahead);
+    fill_tables<H>(numbers, part.columns, s.tables[0]);
+    table_sums<Rule::kPairs, kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, s.tables[0], unit, offset, out, ahead);
   } else {
     constexpr bool kFine = Rule::kIsFine;
     constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
@@ -492,60 +466,38 @@ inline void sum_rows(const Half& part, const uint8_t* data, int first, int last,
   }
 }
 
-// Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). Rows x and results of a
-// page are `x_step` and `out_step` behind those of the page before. Weights come with their units.
+// Scales of the columns: per-channel keys (groups of tokens), values (groups of channels). Weights come
+// with their units.
 template <class Rule>
-inline void codes_by_column(const Half& part, const Halves& pages, const float* x, int stride, int x_step, int rows, Result out,
-                            int out_step, Scratch& s) {
+inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                            ptrdiff_t ahead, Scratch& s) {
   constexpr bool kPositive = Rule::kIsPositive;
-  const int blocks = part.group / kLanes, columns = part.columns;
+  const int blocks = part.group / kLanes;
   Units& units = kPositive ? s.of_weights : s.of_queries;
+  if constexpr (!kPositive) {
+    by_rows(rows, [&](int row, auto h) {
+      measure_queries<Rule, h()>(x + row * stride, stride, part.columns, part.scales(data), part.groups, row, units);
+    });
+  }
   Numbers& n = s.numbers;
   for (int g = 0; g < part.groups; ++g) {
-    for (int p = 0; p < pages.count; ++p) {
-      const ColumnScales of = part.of_columns(pages.data[p], g);
-      prefetch_scales(of.scale, of.zero, columns, pages.ahead[p]);
-    }
+    const ColumnScales of = part.of_columns(data, g);
+    prefetch_scales(of.scale, of.zero, part.columns, ahead);
+    const int first = g * blocks, last = first + blocks;
+    by_rows(rows, [&](int row, auto h) {
+      constexpr int H = h();
+      const float* xr = x + row * stride;
+      round_rows<Rule, H>(xr, stride, part.columns, of, units, row, n);
+      sum_rows<Rule, kPositive, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), ahead, s);
+      for (int h = 0; h < H; ++h) {
+        if (!units.is_coarse[row + h]) continue;
+        round_rest<Rule>(xr + h * stride, part.columns, of.scale, units, row, h, n);
+        Result to = out.from(row + h);
+        to.add = true;
+        sum_rows<Rule, false, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, ahead, s);
+      }
+    });
   }
-  by_rows(rows, [&](int row, auto h) {
-    constexpr int H = h(), kPages = std::min(kTogether, kBatch / H);
-    if constexpr (!kPositive) {
-      for (int p = 0; p < pages.count; ++p) {
-        measure_queries<Rule, H>(x + row * stride + p * x_step, stride, columns, part.scales(pages.data[p]), part.groups,
-                                 Units::slot(row, p, H), units);
-      }
-      settle<Rule>(columns, square_of_group(part.groups), Units::slot(row, 0, H), pages.count * H, units);
-    }
-    for (int g = 0; g < part.groups; ++g) {
-      const int first = g * blocks, last = first + blocks;
-      for (int begin = 0; begin < pages.count; begin += kPages) {
-        const int end = std::min(pages.count, begin + kPages);
-        for (int p = begin; p < end; ++p) {
-          const int at = (p - begin) * H;
-          round_rows<Rule, H>(x + row * stride + p * x_step, stride, columns, part.of_columns(pages.data[p], g), units,
-                              Units::slot(row, p, H), at, n);
-          if constexpr (Rule::kHasTables) fill_tables<H>(n.high[at], columns, s.tables[at]);
-        }
-        for (int p = begin; p < end; ++p) {
-          const int at = (p - begin) * H, slot = Units::slot(row, p, H);
-          sum_rows<Rule, kPositive, H>(part, pages.data[p], first, last, n.high[at], s.tables[at], units.unit[0] + slot,
-                                       n.offset + at, out.from(row).on(p * out_step), pages.ahead[p]);
-        }
-        for (int p = begin; p < end; ++p) {
-          for (int i = 0; i < H; ++i) {
-            const int slot = Units::slot(row, p, H) + i;
-            if (units.coarse[slot] == 0) continue;
-            round_rest<Rule>(x + (row + i) * stride + p * x_step, columns, part.of_columns(pages.data[p], g).scale, units, slot, 0, s);
-            Result to = out.from(row + i).on(p * out_step);
-            to.add = true;
-            if constexpr (Rule::kHasTables) fill_tables<1>(n.low[0], columns, s.tables[0]);
-            sum_rows<Rule, false, 1>(part, pages.data[p], first, last, n.low[0], s.tables[0], s.of_rest.unit[0], n.low_offset, to,
-                                     pages.ahead[p]);
-          }
-        }
-      }
-    }
-  });
 }
 
 // Calls fn with the Rounding for a part's codes.
@@ -571,12 +523,13 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
       const float* xg = x + row * stride + g * part.group;
-      Units& units = s.of_queries;
-      measure_queries<Rule, H>(xg, stride, part.group, nullptr, 1, 0, units);
-      settle<Rule>(part.group, 1, 0, H, units);
-      round_rows<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, units, 0, 0, n);
-      const bool has_low = std::any_of(units.coarse, units.coarse + H, [](float is) { return is != 0; });
-      for (int i = 0; has_low && i < H; ++i) round_rest<Rule>(xg + i * stride, part.group, nullptr, units, i, i, s);
+      measure_queries<Rule, H>(xg, stride, part.group, nullptr, 1, row, s.of_queries);
+      round_rows<Rule, H>(xg, stride, part.group, {nullptr, nullptr}, s.of_queries, row, n);
+      const bool* coarse = s.of_queries.is_coarse + row;
+      const bool has_low = std::any_of(coarse, coarse + H, [](bool is) { return is; });
+      for (int i = 0; has_low && i < H; ++i) {
+        round_rest<Rule>(xg + i * stride, part.group, nullptr, s.of_queries, row, i, n);
+      }
       float total[H];
       repeat<H>([&](auto i) {
         F sum_x = set(0);
@@ -599,8 +552,8 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
         const F middle = fma(sc, set(Rule::kMiddle), load_half(zero + block * kLanes));
         repeat<H>([&](auto i) {
           // the codes' deviations from the middle of their range times x, then that middle times x
-          F deviation = fma(to_float(high[0][i]), set(units.unit[0][i]), set(n.offset[i] - total[i]));
-          if (has_low) deviation = deviation + fma(to_float(low[0][i]), set(s.of_rest.unit[0][i]), set(n.low_offset[i]));
+          F deviation = fma(to_float(high[0][i]), set(n.unit[0][i]), set(n.offset[i] - total[i]));
+          if (has_low) deviation = deviation + fma(to_float(low[0][i]), set(n.low_unit[0][i]), set(n.low_offset[i]));
           to.put(i, block, fma(sc, deviation, middle * set(total[i])));
         });
       }
@@ -733,44 +686,33 @@ inline void unquantized(const Half& part, const uint8_t* data, const float* x, i
   });
 }
 
-// out[i][row] (+)= sum over columns of x[i][column] * value[row][column], for one half of some pages. Results of
-// a page are `out_step` behind those of the page before.
-inline void keys_times(const Half& part, const Halves& pages, const float* x, int stride, int rows, Result out, int out_step,
-                       Scratch& s) {
-  if (part.is_integer() && !part.row_scales) {
-    with_rule<false>(part, [&](auto rule) {
-      codes_by_column<decltype(rule)>(part, pages, x, stride, 0, rows, out, out_step, s);
-    });
-    return;
-  }
-  for (int p = 0; p < pages.count; ++p) {
-    const uint8_t* data = pages.data[p];
-    const ptrdiff_t ahead = pages.ahead[p];
-    const Result to = out.on(p * out_step);
-    if (part.is_raw) unquantized(part, data, x, stride, rows, to, ahead);
-    else if (part.bits == 8 && part.row_scales) eight_bits_by_row(part, data, x, stride, rows, to, ahead);
-    else if (part.bits == 8) eight_bits_by_column(part, data, x, stride, rows, to, ahead, s);
-    else if (part.bits == 4) codes_by_row<4>(part, data, x, stride, rows, to, ahead, s);
-    else if (part.bits == 2) codes_by_row<2>(part, data, x, stride, rows, to, ahead, s);
-    else codes_by_row<1>(part, data, x, stride, rows, to, ahead, s);
+// out[i][row] (+)= sum over columns of x[i][column] * value[row][column], for one half of a page.
+// `ahead` is the distance to the page that comes next, which is fetched meanwhile: the hardware
+// does not look beyond 4 KB.
+inline void keys_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                       ptrdiff_t ahead, Scratch& s) {
+  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
+  switch (part.row_scales ? -part.bits : part.bits) {
+    case 8: return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
+    case -1: return codes_by_row<1>(part, data, x, stride, rows, out, ahead, s);
+    case -2: return codes_by_row<2>(part, data, x, stride, rows, out, ahead, s);
+    case -4: return codes_by_row<4>(part, data, x, stride, rows, out, ahead, s);
+    case -8: return eight_bits_by_row(part, data, x, stride, rows, out, ahead);
+    default:
+      with_rule<false>(part, [&](auto rule) {
+        codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
+      });
   }
 }
 
-// The same with weights, those of a page `x_step` behind those of the page before, whose units are known where
-// they meet codes.
-inline void values_times(const Half& part, const Halves& pages, const float* x, int stride, int x_step, int rows, Result out,
-                         Scratch& s) {
-  if (part.is_integer()) {
-    with_rule<true>(part, [&](auto rule) {
-      codes_by_column<decltype(rule)>(part, pages, x, stride, x_step, rows, out, 0, s);
-    });
-    return;
-  }
-  for (int p = 0; p < pages.count; ++p) {
-    const float* weights = x + p * x_step;
-    if (part.is_raw) unquantized(part, pages.data[p], weights, stride, rows, out, pages.ahead[p]);
-    else eight_bits_by_column(part, pages.data[p], weights, stride, rows, out, pages.ahead[p], s);
-  }
+// The same with weights, whose units are known where they meet codes.
+inline void values_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
+                         ptrdiff_t ahead, Scratch& s) {
+  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
+  if (part.bits == 8) return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
+  with_rule<true>(part, [&](auto rule) {
+    codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
+  });
 }
 
 }  // namespace bitkv::BITKV_ISA

@@ -11,7 +11,7 @@ struct LookupScratch {
   RowTables rows[kRows];
   Room<int16_t> turned;
   alignas(64) int32_t sums[kRows][kTile];
-  TurnedQueries queries[kTilePages];  // of each page
+  TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
 };
 
@@ -21,8 +21,17 @@ inline LookupScratch& lookup_scratch() {
   return *scratch;
 }
 
-inline void tabulate_rows(const Side& key, const Queries& q, int head) {
-  LookupScratch& s = lookup_scratch();
+// Consecutive pages of a sequence.
+struct Tile {
+  const uint8_t* page[kTileTokens / 64];
+  ptrdiff_t ahead[kTileTokens / 64];  // to the pages that come after these
+  int pages, page_size, head;
+  int64_t first;  // token
+
+  int tokens() const { return pages * page_size; }
+};
+
+inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScratch& s) {
   const size_t size = size_t(key.codes.groups()) * 2 * kEntries;
   uint8_t* bytes = s.row_bytes.of(size * q.rows);
   float* products = s.products.of(size);
@@ -113,10 +122,16 @@ inline void scale_scores(const CodePart& part, const uint8_t* data, int rows, co
   }
 }
 
-inline void look_up_scores(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle,
-                           Scratch& s) {
-  LookupScratch& l = lookup_scratch();
+inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
+                       LookupScratch& l) {
   const Side& key = r.key;
+  if (!plan.looks_up_keys) {
+    for (int p = 0; p < tile.pages; ++p) {
+      score_page(r, plan, q, tile.page[p], tile.head, angle, tile.ahead[p], s.scores[0] + p * tile.page_size, s);
+      if (plan.turns) angle.next_page(*plan.turns);
+    }
+    return;
+  }
   float sums[kRows] = {};  // which zero points multiply; turned keys have none
   if (key.inv_freq) {
     score_turned(r, plan, q, tile, angle, s, l);
@@ -148,10 +163,7 @@ inline void scale_weights(const CodePart& part, const Queries& q, const Tile& ti
   }
 }
 
-// From scores of a tile to sums of its values.
-inline void look_up_values(const AttendRequest& r, const Queries& q, const Tile& tile, Scratch& s) {
-  if (!soften(r, q, tile.first, tile.tokens(), {}, s)) return;
-  LookupScratch& l = lookup_scratch();
+inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile& tile, Scratch& s, LookupScratch& l) {
   const Side& value = r.value;
   const Tables tables(value, TableKind::values, tile.head);
   scale_weights(value.codes, q, tile, r.key.nbytes(), value.width, s);
@@ -165,6 +177,18 @@ inline void look_up_values(const AttendRequest& r, const Queries& q, const Tile&
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), false, l.codes);
   add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
+}
+
+// A tile of pages; of one page where values are not looked up.
+inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
+                        LookupScratch& l) {
+  if (!sees_any(r, q, tile.first, tile.tokens())) {
+    for (int p = 0; plan.turns && p < tile.pages; ++p) angle.next_page(*plan.turns);
+    return;
+  }
+  score_tile(r, plan, q, tile, angle, s, l);
+  if (!plan.looks_up_values) return add_page(r, plan, q, tile.page[0], tile.head, tile.first, tile.ahead[0], s);
+  if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, s)) add_tile_values(r, q, tile, s, l);
 }
 
 }  // namespace bitkv::BITKV_ISA
