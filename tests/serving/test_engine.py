@@ -9,6 +9,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -21,16 +22,19 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitkv.generation.checkpoint import ASSETS
 from bitkv.recipe import Recipe, parse
 
-ENGINE = Path(__file__).parent / "engine.py"
+HERE = Path(__file__).parent
 RECIPE = "kivi2"
 NEW = 24
 
 
-def run(
-    *jobs: dict[str, Any], recipe: str = RECIPE, env: dict[str, str] | None = None, **options: Any
+def child(
+    program: str,
+    asked: dict[str, Any],
+    options: dict[str, Any],
+    recipe: str = RECIPE,
+    env: dict[str, str] | None = None,
 ) -> Any:
-    """What an engine with these options answers, and how many blocks it had."""
-    path = Path(os.environ["SERVING_TMP"]) / f"{random.getrandbits(64):x}.json"
+    """What a program beside this file makes of a request to an engine with these options."""
     defaults = {
         "model": str(ASSETS),
         "dtype": "float32",
@@ -40,26 +44,26 @@ def run(
         "enforce_eager": True,
         "disable_log_stats": True,
     }
-    path.write_text(json.dumps({"options": defaults | options, "jobs": jobs}), encoding="utf-8")
     variables = {"BITKV_RECIPE": recipe, "BITKV_CHECK": "1", "VLLM_CPU_KVCACHE_SPACE": "1"} | (env or {})
-    done = subprocess.run(
-        [sys.executable, str(ENGINE), str(path)],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stdout[-6000:] + done.stderr[-6000:])
-    return json.loads(path.read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "asked.json"
+        path.write_text(json.dumps(asked | {"options": defaults | options}), encoding="utf-8")
+        command = [sys.executable, str(HERE / program), str(path)]
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(done.stdout[-6000:] + done.stderr[-6000:])
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+def run(
+    *jobs: dict[str, Any], recipe: str = RECIPE, env: dict[str, str] | None = None, **options: Any
+) -> Any:
+    """What an engine with these options answers, and how many blocks it had."""
+    return child("engine.py", {"jobs": jobs}, options, recipe, env)
 
 
 def job(prompts: list[list[int]], **options: Any) -> dict[str, Any]:
     return {"prompts": prompts, "sampling": {"max_tokens": NEW}} | options
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory):
-    os.environ["SERVING_TMP"] = str(tmp_path_factory.mktemp("serving"))
 
 
 @cache
