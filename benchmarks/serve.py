@@ -52,10 +52,11 @@ def serving(recipe: str, *, gib: int = 1) -> Iterator[Server]:
             *("--max-model-len", "8192", "--max-num-seqs", "8", "--block-size", "128"),
             *("--chat-template", str(template), "--enforce-eager"),
         ]
-        vllm = Path(sys.executable).parent / "vllm"
         env = os.environ | {"BITKV_RECIPE": recipe, "VLLM_CPU_KVCACHE_SPACE": str(gib)}
         with log.open("w", encoding="utf-8") as out:
-            command = [str(vllm), "serve", str(ASSETS), *options]
+            # what `vllm serve` runs, whose own program asks for a distribution that is called vllm
+            command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+            command += ["--model", str(ASSETS), *options]
             process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, log)
