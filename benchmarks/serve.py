@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from openai import OpenAI
 from bitkv.generation.checkpoint import ASSETS
 
 RECIPE = "kivi2"
+COMMAND = "python -m vllm.entrypoints.openai.api_server --model bitkv/assets --block-size 128"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _PATIENCE = 300  # seconds
 
@@ -57,7 +59,10 @@ def serving(recipe: str, *, gib: int = 1) -> Iterator[Server]:
             # what `vllm serve` runs, whose own program asks for a distribution that is called vllm
             command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
             command += ["--model", str(ASSETS), *options]
-            process = subprocess.Popen(command, env=env, stdout=out, stderr=subprocess.STDOUT)
+            # a group of its own: its engine is a process too, and must not outlive it
+            process = subprocess.Popen(
+                command, env=env, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
+            )
         try:
             _wait(f"http://127.0.0.1:{port}/health", process, log)
             yield Server(f"http://127.0.0.1:{port}/v1", log)
@@ -66,7 +71,8 @@ def serving(recipe: str, *, gib: int = 1) -> Iterator[Server]:
             try:
                 process.wait(30)
             except subprocess.TimeoutExpired:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -98,15 +104,16 @@ def streamed(server: Server, text: str, *, tokens: int) -> Iterator[str]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     document = (ASSETS / "document.txt").read_text(encoding="utf-8")
     question = (ASSETS / "question.txt").read_text(encoding="utf-8")
-    print(f"$ BITKV_RECIPE={RECIPE} vllm serve bitkv/assets --block-size 128", flush=True)
+    print(f"$ BITKV_RECIPE={RECIPE} {COMMAND}", flush=True)
     with serving(RECIPE) as server:
         print("answer: ", end="", flush=True)
         for piece in streamed(server, document + question, tokens=16):
             print(piece, end="", flush=True)
         packed = server.cache_tokens
-    print("\n\n$ vllm serve bitkv/assets", flush=True)
+    print(f"\n\n$ {COMMAND}", flush=True)
     with serving("") as server:
         stock = server.cache_tokens
     print(f"tokens a GiB: {packed:,} with {RECIPE}, {stock:,} in bfloat16, {packed / stock:.2f} times")
