@@ -119,22 +119,26 @@ def table(rows: Rows, markdown: Callable[..., str]) -> str:
 
 def short_table(rows: Rows, markdown: Callable[..., str], *, every: bool = False) -> str:
     """The README's: fewer recipes unless `every` one is wanted, fewer columns."""
+    chosen = [row for row in rows if every or row["recipe"] in SHOWN]
+    return _of_kl_and_needles(chosen, markdown, _name, digits=2)
+
+
+def _of_kl_and_needles(
+    rows: Rows, markdown: Callable[..., str], name: Callable[[str], str], digits: int
+) -> str:
+    """A line a recipe, in the order of bits, which get so many digits."""
     kl, needle = (
         {row["recipe"]: row for row in rows if row["task"] == task} for task in ("agreement", "needle")
     )
-    names = sorted(
-        (name for name in kl if every or name in SHOWN),
-        key=lambda name: kl[name]["packed_bits_per_element"],
-    )
     lines = [
         [
-            _name(name),
-            f"{kl[name]['packed_bits_per_element']:.2f}",
-            f"{kl[name]['kl_mean']:.4f}",
-            f"{kl[name]['top1']:.1%}",
-            f"{needle[name]['exact_match']:.0%}",
+            name(recipe),
+            f"{row['packed_bits_per_element']:.{digits}f}",
+            f"{row['kl_mean']:.4f}",
+            f"{row['top1']:.1%}",
+            f"{needle[recipe]['exact_match']:.0%}",
         ]
-        for name in names
+        for recipe, row in sorted(kl.items(), key=lambda item: item[1]["packed_bits_per_element"])
     ]
     return markdown(["recipe", "bits", "KL", "top-1", "needle 4K"], lines)
 
@@ -157,20 +161,11 @@ def recall_table(rows: Rows, markdown: Callable[..., str]) -> str:
 
 def allocation_table(rows: Rows, markdown: Callable[..., str]) -> str:
     """AsymKV's prefixes and what `bitkv tune` found, budget by budget."""
-    kl, needle = (
-        {row["recipe"]: row for row in rows if row["task"] == task} for task in ("agreement", "needle")
-    )
-    lines = [
-        [
-            f"**2 bits: {FOUND[name]}**" if name in FOUND else f"`{name}`",
-            f"{row['packed_bits_per_element']:.3f}",
-            f"{row['kl_mean']:.4f}",
-            f"{row['top1']:.1%}",
-            f"{needle[name]['exact_match']:.0%}",
-        ]
-        for name, row in sorted(kl.items(), key=lambda item: item[1]["packed_bits_per_element"])
-    ]
-    return markdown(["recipe", "bits", "KL", "top-1", "needle 4K"], lines)
+
+    def name(recipe: str) -> str:
+        return f"**2 bits: {FOUND[recipe]}**" if recipe in FOUND else f"`{recipe}`"
+
+    return _of_kl_and_needles(rows, markdown, name, digits=3)
 
 
 def _name(recipe: str) -> str:
@@ -193,14 +188,20 @@ def picture(plain: Rows, stressed: Rows, path: Path) -> None:
         for task, field in (("agreement", "kl_mean"), ("needle", "exact_match"))
     ]
     for axes, title, (rows, field) in zip(panels, titles, chosen, strict=True):
-        _scatter(axes, rows, field)
         axes.set(xlabel="measured bits per element in pages", title=title, xlim=(0.8, 5.4))
         axes.grid(color="#eeeeee")
         if field == "kl_mean":
             axes.set(yscale="log", ylabel="nats per token")
         else:
             axes.set(ylabel="share of exact answers", ylim=(-0.05, 1.08))
+        _scatter(axes, rows, field)
     panels[0].legend(frameon=False, loc="upper right")
+    figure.canvas.draw()  # from here on places are final
+    figure.set_layout_engine("none")
+    for axes, (rows, field) in zip(panels, chosen, strict=True):
+        taken: list[Any] = []
+        for row in sorted(rows, key=lambda row: (row["recipe"] not in OURS, row[field])):
+            _label(axes, row, field, taken)
     figure.savefig(path, dpi=140)
     plt.close(figure)
 
@@ -215,15 +216,28 @@ def _scatter(axes: Any, rows: Rows, field: str) -> None:
         x = [row["packed_bits_per_element"] for row in group]
         y = [row[field] for row in group]
         axes.scatter(x, y, c=colour, marker=marker, s=28, label=label, zorder=3)
-    for row in (*others, *ours):
-        axes.annotate(
+
+
+def _label(axes: Any, row: dict[str, Any], field: str, taken: list[Any]) -> None:
+    """Write a recipe's name where it covers no other, or not at all: the tables have it."""
+    point = row["packed_bits_per_element"], row[field]
+    colour = "#D55E00" if row["recipe"] in OURS else "#777777"
+    for offset, side in (((5, 3), "left"), ((5, -9), "left"), ((-5, 3), "right"), ((-5, -9), "right")):
+        label = axes.annotate(
             row["recipe"],
-            (row["packed_bits_per_element"], row[field]),
+            point,
             textcoords="offset points",
-            xytext=(4, 3),
+            xytext=offset,
+            ha=side,
             fontsize=6.5,
-            color="#D55E00" if row["recipe"] in OURS else "#777777",
+            color=colour,
         )
+        box = label.get_window_extent(axes.figure.canvas.get_renderer())
+        inside = axes.get_window_extent().x0 < box.x0
+        if inside and not any(box.overlaps(other) for other in taken):
+            taken.append(box)
+            return
+        label.remove()
 
 
 def frontier(rows: Sequence[dict[str, Any]]) -> list[str]:

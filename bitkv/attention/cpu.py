@@ -102,7 +102,8 @@ class _Shared(NamedTuple):
         if codebook is not None and (restore is None or inv_freq is None):
             width = head_dim if restore is None else restore.shape[2]
             tables = native.tables(codebook, width, inv_freq, values=site == "value")
-        return cls(_floats(codebook), _floats(restore), _floats(inv_freq), tables)
+        codebook, restore, inv_freq = (_plain(x, torch.float32) for x in (codebook, restore, inv_freq))
+        return cls(codebook, restore, inv_freq, tables)
 
     def numbers(self, factor: float = 1.0) -> _Numbers:
         """The tensors' addresses and sizes, zeros for None."""
@@ -116,10 +117,6 @@ class _Shared(NamedTuple):
 
 
 _NOTHING = _Shared()
-
-
-def _floats(x: Tensor | None) -> Tensor | None:
-    return _plain(x, torch.float32)
 
 
 def _address(x: Tensor | None) -> int:

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitkv.generation.checkpoint import ASSETS
-from bitkv.recipe import Recipe, parse
+from bitkv.recipe import as_recipe
 
 HERE = Path(__file__).parent
 RECIPE = "kivi2"
@@ -88,13 +88,14 @@ def requests() -> list[list[int]]:
 
 @cache
 def first_engine() -> Any:
-    """Jobs: alone; all at once; again, from the prefix cache; four answers each."""
+    """Jobs: alone; all at once; again, from the prefix cache; four answers each; choices in a text."""
     some = requests()[:8]
     return run(
         job(requests(), alone=True),
         job(requests(), forget=True),
         job(requests()),
         job(some, sampling={"max_tokens": NEW, "n": 4, "temperature": 1.0, "top_k": 1}),
+        job([text()[:4000]], sampling=CHOICES),
         max_num_batched_tokens=200,
         enable_prefix_caching=True,
     )
@@ -156,17 +157,16 @@ def test_packed_blocks_go_to_disk_and_come_back(tmp_path):
     assert second["jobs"][0][0]["cached"] >= 1024
 
 
-def windowless(recipe: str) -> Recipe:
-    """What vLLM serves: earlier blocks packed, the own one exact."""
-    return replace(parse(recipe), num_sink_tokens=0, recent_tokens=0)
-
-
 def streamed_choices(prompt: list[int], recipe: str) -> list[int]:
-    """The likeliest token behind each of a prompt's, by Transformers with the same pages."""
+    """The likeliest token behind each of a prompt's, by Transformers and the reference in plain torch.
+
+    With the window that vLLM serves: earlier blocks packed, the own one exact.
+    """
     from bitkv.integrations.transformers import PackedCache
 
     model = AutoModelForCausalLM.from_pretrained(ASSETS, dtype=torch.float32)
-    cache = PackedCache(model.config, windowless(recipe))
+    windowless = replace(as_recipe(recipe), num_sink_tokens=0, recent_tokens=0)
+    cache = PackedCache(model.config, windowless, backend="reference")
     model.set_attn_implementation("bitkv")
     found: list[int] = []
     with torch.inference_mode():
@@ -180,15 +180,28 @@ LAYERWISE = (
     "Recipe(key=Split(Affine(2, 'channel', 32, 'mse'), 2, Affine(1, 'channel', 'page', 'mse')), "
     "value=Split(Affine(4, 'token', 32), 1, Affine(1, 'token', 'page', 'mse')))"
 )
+CHOICES = {"max_tokens": 1, "prompt_logprobs": 1}
+
+
+def assert_alike(found: list[int], recipe: str) -> None:
+    expected = streamed_choices(text()[:4000], recipe)
+    assert len(found) == len(expected) == 3999
+    agree = sum(a == b for a, b in zip(found, expected, strict=True)) / len(found)
+    assert agree >= 0.995
+
+
+def test_pages_mean_the_same_in_transformers():
+    assert_alike(first_engine()["jobs"][4][0], RECIPE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["kivi2", LAYERWISE])
-def test_pages_mean_the_same_in_transformers(recipe):
-    prompt = text()[:4000]
-    params = {"max_tokens": 1, "prompt_logprobs": 1}
-    found = run(job([prompt], sampling=params), recipe=recipe, max_num_batched_tokens=640)["jobs"][0][0]
-    expected = streamed_choices(prompt, recipe)
-    assert len(found) == len(expected)
-    agree = sum(a == b for a, b in zip(found, expected, strict=True)) / len(found)
-    assert agree >= 0.995
+@pytest.mark.parametrize("recipe", [LAYERWISE, "cq(8, 8)", "best1.25"])
+def test_pages_of_layerwise_and_calibrated_recipes_mean_the_same_too(recipe, tmp_path):
+    if recipe != LAYERWISE:
+        path = str(tmp_path / "recipe.safetensors")
+        bitkv = Path(sys.executable).parent / "bitkv"
+        command = ["calibrate", "--recipe", recipe, "--output", path, "--tokens", "8192"]
+        subprocess.run([str(bitkv), *command], check=True)
+        recipe = path
+    found = run(job([text()[:4000]], sampling=CHOICES), recipe=recipe, max_num_batched_tokens=640)
+    assert_alike(found["jobs"][0][0], recipe)

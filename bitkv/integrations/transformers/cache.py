@@ -85,7 +85,7 @@ class PackedCache(Cache):  # type: ignore[misc]
 
     @property
     def max_cache_len(self) -> int | None:
-        """Tokens of a static cache, else None; Transformers before 5.20 has a property of that name."""
+        """Tokens of a static cache, else None; a property, as Transformers 5.19 has one of that name."""
         return self._max_cache_len
 
     @property

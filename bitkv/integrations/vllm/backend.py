@@ -35,9 +35,8 @@ class PackedBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
     forward_includes_kv_cache_update = True
-    config: ClassVar[VllmConfig | None] = (
-        None  # of the layers made last: specs are asked for without one
-    )
+    # of the layers made last: specs are asked for without one
+    config: ClassVar[VllmConfig | None] = None
 
     @staticmethod
     def get_name() -> str:
@@ -170,4 +169,5 @@ class PackedImpl(AttentionImpl[Step]):
 
     def _new_store(self, name: str, kv_cache: Tensor, key: Tensor) -> LayerStore:
         packing = packing_of(self.config, extract_layer_index(name), key)
-        return LayerStore(packing, kv_cache.flatten(2), self.slots, key.dtype)
+        pages = kv_cache.view(*kv_cache.shape[:2], -1)  # never a copy, to which nobody else would write
+        return LayerStore(packing, pages, self.slots, key.dtype)

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitkv.integrations.transformers.rope import rope_of
 from bitkv.integrations.vllm import RECIPE
 from bitkv.packing import Packing, page_format
 from bitkv.recipe import Recipe
 from bitkv.recipe.file import as_recipe
-from bitkv.rope import Rope
 
 
 @cache
@@ -25,13 +25,12 @@ def chosen_recipe() -> Recipe:
 
 
 def page_bytes(config: Any, head_dim: int) -> int:
-    """Of the layer whose pages are the largest.
+    """Of the layer whose pages are the largest, on whatever rank it is.
 
     Raises:
         ValueError: a codec that cannot serve the shape.
     """
     recipe, model = chosen_recipe(), config.model_config
-    layers = model.get_num_layers(config.parallel_config)
     most = max(
         page_format(
             *recipe.codecs(i),
@@ -41,7 +40,7 @@ def page_bytes(config: Any, head_dim: int) -> int:
             device=torch.device(config.device_config.device_type),
             layout=None,
         ).page_bytes
-        for i in range(layers)
+        for i in range(model.hf_text_config.num_hidden_layers)
     )
     return -(-most // recipe.page_size) * recipe.page_size
 
@@ -50,12 +49,6 @@ def packing_of(config: Any, layer_idx: int, key: Tensor) -> Packing:
     """How the tokens of a layer become pages; `key` `[N, Hkv, D]` is like its keys."""
     recipe = chosen_recipe()
     like = key[:1].transpose(0, 1).unsqueeze(0)
-    return Packing.of(
-        *recipe.codecs(layer_idx), like, page_size=recipe.page_size, layout=None, rope=_rope(config)
-    )
-
-
-def _rope(config: Any) -> Rope | None:
-    from bitkv.integrations.transformers.rope import rope_of
-
-    return rope_of(config.model_config.hf_text_config)
+    rope = rope_of(config.model_config.hf_text_config)
+    codecs = recipe.codecs(layer_idx)
+    return Packing.of(*codecs, like, page_size=recipe.page_size, layout=None, rope=rope)

@@ -7,6 +7,7 @@ served, nor on whether blocks were found in the prefix cache or computed again a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from bitkv.integrations.vllm.tails import Tails
 class Packed:
     """A block that is full, and the place of its first token in its sequence."""
 
-    row: int  # of the group's hot tensors
+    row: int  # of the group
     block: int
     first_token: int
 
@@ -79,16 +80,17 @@ def plan(starts: Sequence[int], lengths: Sequence[int], table: Tensor, tails: Ta
     Raises:
         StaleSlot: a block that a request goes on with has lost its tokens.
     """
-    tails.begin_step()
     size = tails.page_size
+    counts = [end - begin for begin, end in pairwise(starts)]
+    firsts = [(stop - count) // size for stop, count in zip(lengths, counts, strict=True)]
+    tails.begin_step(int(table[i, first]) for i, first in enumerate(firsts) if counts[i])
     singles: list[_Piece] = []
     pieces: list[_Piece] = []
-    for request, stop in enumerate(lengths):
-        token, count = starts[request], starts[request + 1] - starts[request]
-        if count <= 0:
+    for request, (stop, count) in enumerate(zip(lengths, counts, strict=True)):
+        if not count:
             continue
-        start = stop - count
-        blocks = table[request, start // size : (stop - 1) // size + 1].tolist()
+        token, start = starts[request], stop - count
+        blocks = table[request, firsts[request] : (stop - 1) // size + 1].tolist()
         slot = tails.advance(blocks, start, stop)
         for block in blocks:
             many = min(size - start % size, stop - start)

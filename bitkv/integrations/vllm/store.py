@@ -53,7 +53,7 @@ class LayerStore:
             _Window(g, self._own(g, k, self.tail_k), self._own(g, v, self.tail_v)) for g in step.pieces
         ]
         for group, hot_k, hot_v in windows:
-            self._pack(group, hot_k, hot_v)
+            self._pack(group, hot_k, hot_v, None)
         for group, hot_k, hot_v in windows:
             self._attend(group, hot_k, hot_v, None, q, out, scoring)
             keep = group.keep
@@ -72,10 +72,8 @@ class LayerStore:
             self.tail_k[begun] = self.tail_v[begun] = torch.nan
         self.tail_k[group.slots, :, group.offsets] = k[tokens]
         self.tail_v[group.slots, :, group.offsets] = v[tokens]
-        self._attend(group, self.tail_k, self.tail_v, group.slots.int(), q, out, scoring)
-        rows = group.slots[[p.row for p in group.packed]]
-        if group.packed:
-            self._pack(group, self.tail_k[rows], self.tail_v[rows])
+        self._pack(group, self.tail_k, self.tail_v, group.slots)
+        self._attend(group, self.tail_k, self.tail_v, group.slots, q, out, scoring)
 
     def _own(self, group: Group, new: Tensor, tails: Tensor) -> Tensor:
         """Each row's own block `[B, Hkv, page_size, D]`: tokens that the tails hold, then new ones."""
@@ -88,10 +86,10 @@ class LayerStore:
         token = group.tokens.gather(1, index.clamp(0, group.tokens.shape[1] - 1))
         return torch.where(fresh[:, None, :, None], new[token].transpose(1, 2), held)
 
-    def _pack(self, group: Group, hot_k: Tensor, hot_v: Tensor) -> None:
-        """Write full blocks; rows of hot tensors are the group's, or those of `group.packed`."""
-        for i, packed in enumerate(group.packed):
-            row = packed.row if len(hot_k) == len(group.tokens) else i
+    def _pack(self, group: Group, hot_k: Tensor, hot_v: Tensor, hot_rows: Tensor | None) -> None:
+        """Write the blocks that are full; `hot_rows` as in `CacheView`."""
+        for packed in group.packed:
+            row = packed.row if hot_rows is None else int(hot_rows[packed.row])
             block = self.pages[packed.block].unsqueeze(0)
             self.packing.encode(hot_k[row], hot_v[row], block, first_token=packed.first_token)
 
@@ -116,7 +114,7 @@ class LayerStore:
             0,
             self.packing.key_shared,
             self.packing.value_shared,
-            hot_rows,
+            None if hot_rows is None else hot_rows.int(),
         )
         queries = q[group.tokens].transpose(1, 2).contiguous()
         found, _ = attend(

@@ -14,7 +14,7 @@ Full blocks alone are shared between requests, and they have no slot: prefix cac
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class StaleSlot(RuntimeError):
@@ -31,17 +31,16 @@ class Tails:
 
     def __init__(self, slots: int, page_size: int) -> None:
         self.page_size = page_size
-        self._held: OrderedDict[int, tuple[int, int]] = (
-            OrderedDict()
-        )  # block: slot, tokens; oldest first
+        # of a block its slot and how many tokens it holds; the one used longest ago first
+        self._held: OrderedDict[int, tuple[int, int]] = OrderedDict()
         self._free = list(range(slots))[::-1]
         self._used: set[int] = set()  # blocks of the present step
         self._leaving: list[int] = []  # slots that are free when it is over
 
-    def begin_step(self) -> None:
-        """What the step before gave up may be taken again."""
+    def begin_step(self, blocks: Iterable[int]) -> None:
+        """What the step before gave up may be taken now, and nothing of the blocks that this one has."""
         self._free += self._leaving
-        self._leaving, self._used = [], set()
+        self._leaving, self._used = [], set(blocks)
 
     def advance(self, blocks: Sequence[int], start: int, stop: int) -> int:
         """The slot of a request that goes from token `start` to `stop` of its sequence.
@@ -92,4 +91,4 @@ class Tails:
             if block not in self._used:
                 del self._held[block]
                 return slot
-        raise StaleSlot(f"all {len(self._used)} slots are in use by this step")
+        raise StaleSlot(f"no slot is left for the {len(self._used)} blocks of this step")
