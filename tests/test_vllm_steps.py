@@ -30,8 +30,8 @@ class Request:
 
 
 class Engine:
-    """A scheduler as vLLM's is, with one layer's store: running requests in their order as far as a budget
-    of tokens goes, blocks from a free list and shared when full, requests that vanish without a word.
+    """A scheduler as vLLM's is, with one layer's store: running requests in their order as far as tokens
+    of a step go, blocks from a free list and shared when full, requests that vanish without a word.
     """
 
     def __init__(self, seed: int, most: int = 5, blocks: int = 48):

@@ -1,4 +1,4 @@
-// The bytes of a page, as kernels see them: bitkv/pages.py in C++, for the layout "lanes".
+// The bytes of a page, as kernels see them: bitkv/pages in C++, for the layout "lanes".
 //
 // Rows lie in blocks of 16, one row in each lane of a vector. Below 16 bits a block is a run of 64-byte
 // vectors: lane r holds 4 bytes of row r, and the code at bit position p * bits of byte k of vector n is

@@ -200,7 +200,7 @@ def test_pages_of_layerwise_and_calibrated_recipes_mean_the_same_too(recipe, tmp
     if recipe != LAYERWISE:
         path = str(tmp_path / "recipe.safetensors")
         bitkv = Path(sys.executable).parent / "bitkv"
-        command = ["calibrate", "--recipe", recipe, "--output", path, "--tokens", "8192"]
+        command = ["calibrate", "--recipe", recipe, "--output", path, "--calibration-tokens", "8192"]
         subprocess.run([str(bitkv), *command], check=True)
         recipe = path
     found = run(job([text()[:4000]], sampling=CHOICES), recipe=recipe, max_num_batched_tokens=640)
