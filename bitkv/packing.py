@@ -77,6 +77,11 @@ class Packing:
         value_shared = value.shared("value", heads=heads, head_dim=head_dim, rope=rope).to(k.device)
         return cls(key, value, form, key_shared, value_shared)
 
+    def of_heads(self, first: int, count: int) -> "Packing":
+        """For `count` of these KV heads from `first` on, as a rank of tensor parallelism has them."""
+        parts = (shared.of_heads(first, count) for shared in (self.key_shared, self.value_shared))
+        return Packing(self.key, self.value, self.format, *parts)
+
     def encode(self, k: Tensor, v: Tensor, out: Tensor, *, first_token: int) -> None:
         """Write tokens `[Hkv, n * page_size, D]` as pages `[n, Hkv, page_bytes]`.
 

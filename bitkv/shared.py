@@ -56,16 +56,20 @@ class Shared:
 
     def to(self, device: torch.device) -> "Shared":
         """The same on a device."""
-        moved = {
-            name: None if x is None else x.to(device)
-            for name, x in (
-                ("codebook", self.codebook),
-                ("project", self.project),
-                ("restore", self.restore),
-            )
-        }
         rope = None if self.rope is None else replace(self.rope, inv_freq=self.rope.inv_freq.to(device))
-        return Shared(**moved, rope=rope)
+        return Shared(*(None if x is None else x.to(device) for x in self._tensors), rope)
+
+    def of_heads(self, first: int, count: int) -> "Shared":
+        """What `count` KV heads from `first` on have of it."""
+        parts = (
+            x if x is None or x.shape[0] == 1 else x[first : first + count].contiguous()
+            for x in self._tensors
+        )
+        return Shared(*parts, self.rope)
+
+    @property
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.codebook, self.project, self.restore
 
 
 PLAIN = Shared()

@@ -173,6 +173,18 @@ def test_pages_one_by_one_equal_pages_together(codec, site, dtype):
 
 
 @pytest.mark.parametrize(("codec", "site"), CASES, ids=str)
+def test_a_rank_with_some_of_the_heads_makes_their_pages(codec, site):
+    bound = Bound(codec, site)
+    x = torch.randn(2, HEADS, 64, 64)
+    every = bound.encode(x)
+    for first, count in [(0, 1), (1, HEADS - 1)]:
+        part = bound.shared.of_heads(first, count)
+        heads = slice(first, first + count)
+        found = bound.codec.encode(x[:, heads], bound.form, shared=part, first_token=0)
+        assert torch.equal(found, every[:, heads])
+
+
+@pytest.mark.parametrize(("codec", "site"), CASES, ids=str)
 @pytest.mark.parametrize("head_dim", [80, 96, 112])
 def test_odd_head_dims_work_or_are_refused_with_a_sentence(codec, site, head_dim):
     shape = {"head_dim": head_dim, "page_size": 64, "dtype": torch.float16}

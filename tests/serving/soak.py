@@ -21,8 +21,9 @@ def main(path: str) -> None:
     engine = LLMEngine.from_engine_args(EngineArgs(**asked["options"]))
     draw, text = random.Random(asked["seed"]), asked["text"]
     waiting = {str(i): draw.randint(1, 700) for i in range(asked["requests"])}
-    prompts, found, running, sizes, aborted = {}, {}, set(), [], 0
+    prompts, found, running, sizes, aborted, steps = {}, {}, set(), [], 0, 0
     while waiting or running:
+        steps += 1
         while waiting and len(running) < 24 and draw.random() < 0.5:
             name, length = waiting.popitem()
             begin = 0 if draw.random() < 0.3 else draw.randrange(len(text) - length)
@@ -32,6 +33,8 @@ def main(path: str) -> None:
             )
             engine.add_request(name, TokensPrompt(prompt_token_ids=prompts[name]), params)
             running.add(name)
+        if not running:  # a step without requests would wait for ever
+            continue
         for output in engine.step():
             if output.finished:
                 found[output.request_id] = list(output.outputs[0].token_ids)
@@ -41,7 +44,7 @@ def main(path: str) -> None:
             engine.abort_request([gone])
             running.discard(gone)
             aborted += 1
-        if len(found) % 50 == 0:
+        if steps % 50 == 0:
             sizes.append(memory())
     half = len(sizes) // 2
     some = draw.sample(sorted(found), 24)

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -168,6 +169,7 @@ class PackedImpl(AttentionImpl[Step]):
         return output
 
     def _new_store(self, name: str, kv_cache: Tensor, key: Tensor) -> LayerStore:
-        packing = packing_of(self.config, extract_layer_index(name), key)
+        rank = get_tensor_model_parallel_rank()
+        packing = packing_of(self.config, extract_layer_index(name), key, rank)
         pages = kv_cache.view(*kv_cache.shape[:2], -1)  # never a copy, to which nobody else would write
         return LayerStore(packing, pages, self.slots, key.dtype)

@@ -45,10 +45,20 @@ def page_bytes(config: Any, head_dim: int) -> int:
     return -(-most // recipe.page_size) * recipe.page_size
 
 
-def packing_of(config: Any, layer_idx: int, key: Tensor) -> Packing:
-    """How the tokens of a layer become pages; `key` `[N, Hkv, D]` is like its keys."""
-    recipe = chosen_recipe()
-    like = key[:1].transpose(0, 1).unsqueeze(0)
-    rope = rope_of(config.model_config.hf_text_config)
-    codecs = recipe.codecs(layer_idx)
-    return Packing.of(*codecs, like, page_size=recipe.page_size, layout=None, rope=rope)
+def packing_of(config: Any, layer_idx: int, key: Tensor, rank: int) -> Packing:
+    """How the tokens of a layer become pages on a rank of tensor parallelism.
+
+    Args:
+        key: `[N, Hkv, D]` like this rank's keys: its share of the heads, or the one that it has with others.
+    """
+    recipe, model = chosen_recipe(), config.model_config
+    heads, ranks = model.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
+    like = key.new_empty(1, heads, 1, key.shape[2])
+    packing = Packing.of(
+        *recipe.codecs(layer_idx),
+        like,
+        page_size=recipe.page_size,
+        layout=None,
+        rope=rope_of(model.hf_text_config),
+    )
+    return packing.of_heads(rank * heads // ranks, key.shape[1])

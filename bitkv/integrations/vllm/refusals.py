@@ -88,7 +88,3 @@ def check_recipe(config: Any, recipe: Recipe) -> None:
         raise ValueError(
             "the recipe in BITKV_RECIPE was calibrated for another model; calibrate it for this one"
         )
-    if config.parallel_config.tensor_parallel_size > 1:
-        _refuse(
-            "a calibrated recipe with tensor parallelism", "one rank, codebooks being those of all heads"
-        )
