@@ -22,14 +22,14 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitkv.attention import triton as backend
 from bitkv.attention import triton_kernels
-from bitkv.attention.tiling import Variant
-from bitkv.pages import AffineFormat, PageFormat
+from bitkv.pages import AffineFormat, CodebookFormat, PageFormat
 
 RESULT = Path(os.path.relpath(Path(__file__).parent / "results" / "gpu_model.json"))
 PROCESSORS, SCHEDULERS = 132, 4  # of an H200
@@ -52,9 +52,29 @@ class Format:
     head_dim: int = 128
     page_size: int = 128
     dtype: str = "float16"
+    channels: int = 0  # that share an index into a codebook; 0 for scales and zero points
+    shared: str = "plain"  # keys "turned" by the rotary embedding, or numbers "mapped" linearly
+
+    @property
+    def given(self) -> backend.Given:
+        """Tensors that pages share, of which nothing but their shapes is looked at."""
+        if not self.channels:
+            return backend.Given()
+        shapes = {
+            "book": (8, self.head_dim // self.channels, 2**self.bits, self.channels),
+            "map": (8, self.head_dim, self.head_dim),
+        }
+        book, linear = (torch.empty(shape, device="meta") for shape in shapes.values())
+        given = backend.Given(key_codebook=book, value_codebook=book)
+        if self.shared == "turned":
+            return given._replace(inv_freq=book)
+        return given._replace(key_map=linear, value_map=linear) if self.shared == "mapped" else given
 
     @property
     def page(self) -> PageFormat:
+        if self.channels:
+            sizes = (self.bits, self.channels, self.head_dim, self.page_size, self.head_dim)
+            return PageFormat(CodebookFormat("key", *sizes), CodebookFormat("value", *sizes))
         shape = (self.head_dim, self.page_size, self.dtype)
         return PageFormat(
             AffineFormat("key", self.bits, "channel", min(self.group, self.page_size), *shape),
@@ -84,10 +104,10 @@ def compiled(form: Format) -> Kernel:
     """The attention kernel, launched as for a decode step. The merge is compiled with it."""
     amd = form.target.startswith("gfx")
     launch = backend.launch_of(form.page, form.heads, amd=amd)
-    variant = Variant.of(
+    variant = backend.variant_of(
         form.page,
-        launch.tile,
-        launch.columns,
+        launch,
+        form.given,
         causal=True,
         window=False,
         softcap=False,
@@ -104,13 +124,15 @@ def compiled(form: Format) -> Kernel:
         "cache": backend.Cache("*u8", "*i32", "*i32", x, x, "*i32", *["i32"] * 5),
         "score": backend.Score("fp32", "fp32", "i32"),
         "result": parts,
+        "books": backend.Books("*fp16", "*fp16", "*fp32", "*fp32", "*fp16", "*fp32", "i32"),
         "F": "constexpr",
     }
     aligned = [*((0, i) for i in range(5)), *((1, i) for i in (*range(6), 8, 9)), (3, 0), (3, 1)]
+    aligned += [(4, i) for i in range(6)]
     source = ASTSource(
         triton_kernels.attend_kernel,
         signature=signature,
-        constexprs={(4,): variant},
+        constexprs={(5,): variant},
         attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     kernel = triton.compile(source, target=target, options=options)
@@ -207,14 +229,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     target = parser.parse_args(arguments).json
     if disassembler() is None:
         parser.error("there is no cuobjdump; install a Triton that carries one, or the CUDA toolkit")
-    rows = [row(Format(bits, group)) for bits, group in product((4, 2, 1), (128, 32))]
-    print("bits group instructions registers stack  mma conversions   memory    issue  of memory")
+    forms = [Format(bits, group) for bits, group in product((4, 2, 1), (128, 32))]
+    forms += [Format(8, 0, channels=c, shared=s) for s, c in product(("plain", "turned"), (2, 4, 8))]
+    rows = [row(form) for form in forms]
+    print(
+        "bits group channels shared instructions registers stack conversions  memory    issue of memory"
+    )
     for r in rows:
         print(
-            f"{r['bits']:4} {r['group']:5} {r['instructions']:12} {r['registers']:9}",
-            f"{r['stack_bytes']:5} {r['mma']:4} {r['conversions_per_code']:11.3f}",
-            f"{r['memory_ns']:5.0f} ns",
-            f"{r['issue_ns']['boost']:5.0f} ns {r['issue_fraction']['boost']:10.2f}",
+            f"{r['bits']:4} {r['group']:5} {r['channels']:8} {r['shared']:6} {r['instructions']:12}",
+            f"{r['registers']:9} {r['stack_bytes']:5} {r['conversions_per_code']:11.3f}",
+            f"{r['memory_ns']:4.0f} ns",
+            f"{r['issue_ns']['boost']:5.0f} ns {r['issue_fraction']['boost']:9.2f}",
         )
     target.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     return 0

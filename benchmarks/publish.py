@@ -329,23 +329,30 @@ def decode_cache() -> str:
     return by_context(rows("decode"), lambda row: f"{row['cache_ms']:.3g}")
 
 
+def _codes(row: dict[str, Any]) -> str:
+    """What a page holds: codes with scales, or indices into codebooks."""
+    if not row["channels"]:
+        return f"{row['bits']} bit{'s' * (row['bits'] > 1)}, groups of {row['group']}"
+    turned = ", keys to be turned" if row["shared"] == "turned" else ""
+    return f"{row['channels']} channels in {row['bits']} bits{turned}"
+
+
 def gpu_model() -> str:
     """What the attention kernel's main loop takes on a GPU, by its instructions."""
     lines = [
         [
-            f"{row['bits']}",
-            f"{row['group']}",
+            _codes(row),
             f"{row['bits_per_element']:.2f}",
             f"{row['instructions']:,}",
-            f"{row['mma']}",
-            f"{row['conversions_per_code']:.2f}",
+            "" if row["channels"] else f"{row['mma']}",
+            "" if row["channels"] else f"{row['conversions_per_code']:.2f}",
             f"{row['memory_ns']:.0f}",
             *(f"{row['issue_ns'][c]:.0f} ({row['issue_fraction'][c]:.2f})" for c in row["issue_ns"]),
-            f"{row['tensor_fraction']:.2f}",
+            "" if row["channels"] else f"{row['tensor_fraction']:.2f}",
         ]
         for row in rows("gpu_model")
     ]
-    headings = ["code bits", "group", "bits", "instructions", "of tensor cores", "conversions a code"]
+    headings = ["codes", "bits", "instructions", "of tensor cores", "conversions a code"]
     times = ["memory ns", "issue ns at 1.98 GHz", "at 1.755 GHz", "tensor cores"]
     return markdown([*headings, *times], lines)
 

@@ -79,8 +79,8 @@ class Packing:
 
     def of_heads(self, first: int, count: int) -> "Packing":
         """For `count` of these KV heads from `first` on, as a rank of tensor parallelism has them."""
-        parts = (shared.of_heads(first, count) for shared in (self.key_shared, self.value_shared))
-        return Packing(self.key, self.value, self.format, *parts)
+        key, value = (x.of_heads(first, count) for x in (self.key_shared, self.value_shared))
+        return Packing(self.key, self.value, self.format, key, value)
 
     def encode(self, k: Tensor, v: Tensor, out: Tensor, *, first_token: int) -> None:
         """Write tokens `[Hkv, n * page_size, D]` as pages `[n, Hkv, page_bytes]`.

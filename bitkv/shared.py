@@ -1,5 +1,6 @@
 """What all pages of a layer share for keys or for values; it lies beside the pool, not in pages."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,19 +58,18 @@ class Shared:
     def to(self, device: torch.device) -> "Shared":
         """The same on a device."""
         rope = None if self.rope is None else replace(self.rope, inv_freq=self.rope.inv_freq.to(device))
-        return Shared(*(None if x is None else x.to(device) for x in self._tensors), rope)
+        return self._each(lambda x: x.to(device), rope)
 
     def of_heads(self, first: int, count: int) -> "Shared":
         """What `count` KV heads from `first` on have of it."""
-        parts = (
-            x if x is None or x.shape[0] == 1 else x[first : first + count].contiguous()
-            for x in self._tensors
-        )
-        return Shared(*parts, self.rope)
+        own = slice(first, first + count)
+        return self._each(lambda x: x if x.shape[0] == 1 else x[own].contiguous(), self.rope)
 
-    @property
-    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.codebook, self.project, self.restore
+    def _each(self, change: Callable[[Tensor], Tensor], rope: Rope | None) -> "Shared":
+        codebook, project, restore = (
+            None if x is None else change(x) for x in (self.codebook, self.project, self.restore)
+        )
+        return Shared(codebook, project, restore, rope)
 
 
 PLAIN = Shared()

@@ -265,7 +265,10 @@ def test_a_format_follows_from_its_numbers(granularity, layout):
     value = part("value", "token", 1, "page", 64, 80, layout)
     raw = AffineFormat("value", 16, "token", 80, 80, 64, "bfloat16", layout)
     for form in (PageFormat(part("key", granularity, 4, 16, 64, 80, layout), v) for v in (value, raw)):
-        assert PageFormat.of_numbers(form.key.numbers, form.value.numbers, layout) == form
+        assert (
+            PageFormat.of_numbers(form.key.numbers, form.value.numbers, layout, head_dim=form.head_dim)
+            == form
+        )
 
 
 def half_bytes(x: Tensor) -> bytes:

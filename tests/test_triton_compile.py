@@ -27,6 +27,11 @@ OTHERS = [
     {"bits": 2, "group": 128, "target": "sm_90", "heads": 16},
     {"bits": 4, "group": 128, "target": "sm_100"},
 ]
+LOOKUPS = [
+    {"bits": 8, "group": 0, "target": target, "channels": channels, "shared": shared}
+    for target in ("sm_80", "sm_90")
+    for channels, shared in ((8, "plain"), (2, "plain"), (4, "turned"), (8, "mapped"))
+]
 AMD = {"bits": 2, "group": 128, "target": "gfx942"}
 SHARED_BYTES = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}  # of a processor
 COMPILE = """
@@ -48,7 +53,7 @@ def name(form: dict) -> str:
 @pytest.fixture(scope="module")
 def kernels() -> dict[str, dict]:
     """Compiled kernels by the name of their format."""
-    forms = [*NVIDIA, *OTHERS, AMD]
+    forms = [*NVIDIA, *OTHERS, *LOOKUPS, AMD]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE],
@@ -65,7 +70,7 @@ def kernels() -> dict[str, dict]:
 
 
 CODES = pytest.mark.parametrize("form", NVIDIA, ids=name)
-ALL = pytest.mark.parametrize("form", [*NVIDIA, *OTHERS], ids=name)
+ALL = pytest.mark.parametrize("form", [*NVIDIA, *OTHERS, *LOOKUPS], ids=name)
 
 
 @ALL
@@ -87,7 +92,7 @@ def test_codes_are_masked_and_never_converted(kernels, form):
     assert not {"I2F", "I2FP", "F2I"} & {x.split(".")[0] for x in kernel["loop"]}
 
 
-@CODES
+@pytest.mark.parametrize("form", [*NVIDIA, *LOOKUPS], ids=name)
 def test_the_main_loop_spills_no_registers(kernels, form):
     loop = kernels[name(form)]["loop"]
     if not loop:

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from bitkv.pages import WORD_BITS, AffineFormat, PageFormat
+from bitkv.attention.lookups import Lookup
+from bitkv.pages import WORD_BITS, AffineFormat
 
 HOT_TOKENS = 32  # of the hot window, that a program takes at a time
 
@@ -65,6 +66,13 @@ class Tiling:
             scale_offset=part.code_bytes,
             zero_offset=part.code_bytes + 2 * part.num_groups,
         )
+
+    is_coded = False  # by indices
+
+    @staticmethod
+    def plain(rows: int) -> "Tiling":
+        """One tile of rows that no page holds."""
+        return Tiling(WORD_BITS, rows, 1, 1, 1, 1, rows, 1, rows, False, 0, 0)
 
     @property
     def is_raw(self) -> bool:
@@ -145,57 +153,41 @@ class Variant:
     """What distinguishes one compiled kernel from another.
 
     Args:
+        page_size, head_dim: tokens of a page, channels of a head.
         columns: queries of a tile.
         causal: whether queries are the newest tokens and see those up to their own.
         window, softcap: whether there is one.
         assembly: whether codes are masked by inline assembly of NVIDIA's.
         interpreted: whether Triton's interpreter runs the kernel.
+        maps_queries: whether pages meet other queries than the hot window.
+        map_heads, map_width: of the linear map from sums over pages to sums of values; 0 for none.
     """
 
-    keys: Tiling
-    values: Tiling
+    keys: Tiling | Lookup
+    values: Tiling | Lookup
+    page_size: int
+    head_dim: int
+    page_bytes: int
+    value_offset: int
     columns: int
     causal: bool
     window: bool
     softcap: bool
     assembly: bool
     interpreted: bool
-    page_bytes: int
-    value_offset: int
-
-    @staticmethod
-    def of(
-        form: PageFormat,
-        tile: int,
-        columns: int,
-        *,
-        causal: bool,
-        window: bool,
-        softcap: bool,
-        assembly: bool,
-        interpreted: bool,
-    ) -> "Variant":
-        key, value = form.affine
-        return Variant(
-            Tiling.of(key, tile),
-            Tiling.of(value, tile),
-            columns,
-            causal,
-            window,
-            softcap,
-            assembly,
-            interpreted,
-            form.page_bytes,
-            form.key.nbytes,
-        )
+    maps_queries: bool = False
+    map_heads: int = 0
+    map_width: int = 0
 
     @property
-    def page_size(self) -> int:
-        return self.keys.rows
+    def outputs(self) -> Tiling | Lookup:
+        """Tiles of the output: those of values, unless a linear map mixes their channels."""
+        return Tiling.plain(self.head_dim) if self.map_width else self.values
 
     @property
-    def head_dim(self) -> int:
-        return self.values.rows
+    def map_stride(self) -> int:
+        """Numbers from a head's linear map to the next one's."""
+        return self.head_dim * self.map_width if self.map_heads > 1 else 0
 
     @property
     def padded_head_dim(self) -> int:

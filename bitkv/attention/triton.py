@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 from bitkv.attention.base import EVERY_TOKEN, AttentionRequest, Backend
-from bitkv.attention.tiling import HOT_TOKENS, Variant
-from bitkv.pages import RAW_DTYPES, AffineFormat, PageFormat
+from bitkv.attention.lookups import Lookup, book_of, starts_of, turns_of
+from bitkv.attention.tiling import HOT_TOKENS, Tiling, Variant
+from bitkv.pages import RAW_DTYPES, AffineFormat, CodebookFormat, PageFormat, PartFormat
+from bitkv.shared import Shared
 from bitkv.view import CacheView
 
 _DTYPES = tuple(RAW_DTYPES.values())
 _MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
+_LARGEST_WIDTH = 512
 
 
 class Queries(NamedTuple):
@@ -62,6 +65,29 @@ class Score(NamedTuple):
     factor: float
     softcap: float
     window: int
+
+
+class Given(NamedTuple):
+    """What pages share, as in `AttentionRequest.shared_operands`."""
+
+    key_codebook: Tensor | None = None
+    key_map: Tensor | None = None
+    inv_freq: Tensor | None = None
+    turn_factor: float = 1.0
+    value_codebook: Tensor | None = None
+    value_map: Tensor | None = None
+
+
+class Books(NamedTuple):
+    """The same for a kernel, and queries `[B, Hq, Tq, width]` mapped; any tensor for what it leaves."""
+
+    key: Tensor
+    value: Tensor
+    value_map: Tensor
+    starts: Tensor
+    turns: Tensor
+    queries: Tensor
+    width: int
 
 
 class Result(NamedTuple):
@@ -103,6 +129,8 @@ def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
     take tiles that leave them registers. Unquantized pages and many queries need more warps.
     """
     columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 32)
+    if any(isinstance(part, CodebookFormat) for part in (form.key, form.value)):
+        return Launch(columns, 64, 8, 1, 2)
     key, value = form.affine
     if key.is_raw or value.is_raw:
         return Launch(columns, 128, 4, 1, 3)
@@ -134,8 +162,16 @@ def _attend(
     scale: float,
     window: int,
     softcap: float,
+    key_codebook: Tensor | None = None,
+    key_map: Tensor | None = None,
+    inv_freq: Tensor | None = None,
+    turn_factor: float = 1.0,
+    value_codebook: Tensor | None = None,
+    value_map: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp of `q` `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`."""
+    """Output and log-sum-exp of `q` `[B, Hq, Tq, D]`; arguments as in `AttentionRequest.operands`, then
+    `AttentionRequest.shared_operands`.
+    """
     q = q if q.stride(3) == 1 else q.contiguous()
     pages = pages.contiguous()
     block_table, packed_len, hot_len = (x.contiguous() for x in (block_table, packed_len, hot_len))
@@ -153,51 +189,108 @@ def _attend(
         *(hot_k.shape[1], block_table.shape[1], *hot_k.stride()[:2], num_sink_tokens),
     )
     if lse.numel():
+        form = PageFormat.of_numbers(tuple(key), tuple(value), head_dim=q.shape[3])
+        given = Given(key_codebook, key_map, inv_freq, turn_factor, value_codebook, value_map)
+        launch = launch_of(form, queries.ratio * queries.length, amd=torch.version.hip is not None)
+        variant = variant_of(
+            form,
+            launch,
+            given,
+            causal=positions is None,
+            window=window < EVERY_TOKEN,
+            softcap=softcap > 0,
+            assembly=q.is_cuda and torch.version.hip is None,
+            interpreted=interpreted(),
+        )
+        books = _books(given, q, cache, form.page_size)
+        score = Score(scale * log2(e), softcap, window)
         with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-            form = PageFormat.of_numbers(tuple(key), tuple(value))
-            score = Score(scale * log2(e), softcap, window)
-            _launch(form, queries, cache, score, Result(out, lse, lse.numel()), positions is None)
+            _launch(launch, variant, queries, cache, score, Result(out, lse, lse.numel()), books)
     return out, lse
 
 
+def variant_of(form: PageFormat, launch: Launch, given: Given, **flags: bool) -> Variant:
+    """The kernel for pages of a format; `flags` are those of `Variant`."""
+    value_map = given.value_map
+    return Variant(
+        _reading(form.key, launch.tile, given.key_codebook, turned=given.inv_freq is not None),
+        _reading(form.value, launch.tile, given.value_codebook),
+        form.page_size,
+        form.head_dim,
+        form.page_bytes,
+        form.key.nbytes,
+        launch.columns,
+        **flags,
+        maps_queries=given.key_map is not None,
+        map_heads=0 if value_map is None else value_map.shape[0],
+        map_width=0 if value_map is None else value_map.shape[2],
+    )
+
+
+def _reading(
+    part: PartFormat, tile: int, codebook: Tensor | None, *, turned: bool = False
+) -> Tiling | Lookup:
+    if isinstance(part, CodebookFormat):
+        assert codebook is not None
+        return Lookup.of(part, tile, codebook, turned=turned)
+    assert isinstance(part, AffineFormat)
+    return Tiling.of(part, tile)
+
+
+def _books(given: Given, q: Tensor, cache: Cache, page_size: int) -> Books:
+    inv_freq, nothing = given.inv_freq, cache.packed_len
+    mapped = nothing if given.key_map is None else _mapped(q, given.key_map)
+    return Books(
+        nothing if given.key_codebook is None else book_of(given.key_codebook),
+        nothing if given.value_codebook is None else book_of(given.value_codebook),
+        nothing if given.value_map is None else given.value_map.float().contiguous(),
+        nothing if inv_freq is None else starts_of(inv_freq, cache.sinks, page_size, cache.table_width),
+        nothing if inv_freq is None else turns_of(inv_freq, given.turn_factor, page_size),
+        *(mapped, mapped.shape[-1]),
+    )
+
+
+def _mapped(q: Tensor, key_map: Tensor) -> Tensor:
+    """Queries `[B, Hq, Tq, W]` for keys that are `key_map` `[Hkv, D, W]` times the numbers in pages."""
+    heads = q.shape[1]
+    by_head = torch.unflatten(q.float(), 1, (-1, heads // key_map.shape[0]))
+    return torch.matmul(by_head, key_map.float().unsqueeze(1)).flatten(1, 2).contiguous()
+
+
 def _launch(
-    form: PageFormat, queries: Queries, cache: Cache, score: Score, result: Result, causal: bool
+    launch: Launch,
+    variant: Variant,
+    queries: Queries,
+    cache: Cache,
+    score: Score,
+    result: Result,
+    books: Books,
 ) -> None:
     """Run the kernels; with one split the first one writes the result itself."""
     from bitkv.attention import triton_kernels as kernels
 
-    q, amd = queries.q, torch.version.hip is not None
+    q = queries.q
     columns = queries.ratio * queries.length
-    chosen = launch_of(form, columns, amd=amd)
-    grid = cache.kv_heads * -(-columns // chosen.columns), q.shape[0]
-    slots = _processors(q.device) * chosen.programs
+    grid = cache.kv_heads * -(-columns // launch.columns), q.shape[0]
+    slots = _processors(q.device) * launch.programs
     splits = splits_of(grid[0] * grid[1], cache.table_width, cache.hot_k.shape[2], slots)
-    variant = Variant.of(
-        form,
-        chosen.tile,
-        chosen.columns,
-        causal=causal,
-        window=score.window < EVERY_TOKEN,
-        softcap=score.softcap > 0,
-        assembly=q.is_cuda and not amd,
-        interpreted=interpreted(),
-    )
     parts = result
     if splits > 1:
-        out = q.new_empty(splits, result.rows, form.head_dim, dtype=torch.float32)
+        out = q.new_empty(splits, result.rows, variant.head_dim, dtype=torch.float32)
         parts = Result(out, q.new_empty(out.shape[:2], dtype=torch.float32), result.rows)
     kernels.attend_kernel[splits, *grid](
         queries,
         cache,
         score,
         parts,
+        books,
         variant,
-        num_warps=chosen.warps,
-        num_stages=chosen.stages,
+        num_warps=launch.warps,
+        num_stages=launch.stages,
         enable_fp_fusion=True,
     )
     if splits > 1:
-        blocks = -(-form.head_dim // _MERGED_CHANNELS)
+        blocks = -(-variant.head_dim // _MERGED_CHANNELS)
         block = _MERGED_CHANNELS, _MERGED_SPLITS
         kernels.merge_kernel[result.rows, blocks](parts, result, splits, *block, variant)
 
@@ -216,7 +309,7 @@ def attend(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     # the operator's dispatch in Python takes longer than launching a kernel
     plain = type(request.q) is Tensor and not torch.compiler.is_compiling()
     ordered = replace(request, view=request.view.in_order())
-    return (_attend if plain else triton_attend)(*ordered.operands)
+    return (_attend if plain else triton_attend)(*ordered.operands, *ordered.shared_operands)
 
 
 def _refuse(request: AttentionRequest) -> str | None:
@@ -233,15 +326,30 @@ def _refuse(request: AttentionRequest) -> str | None:
 
 def _refuse_format(view: CacheView) -> str | None:
     form = view.format
-    if not (view.key.is_plain and view.value.is_plain):
-        return "it got codes of a codebook or of transformed tokens, and takes scales and zero points"
-    for part in (form.key, form.value):
-        if not isinstance(part, AffineFormat):
-            return f"it got a {type(part).__name__}, and takes scales and zero points"
     if form.layout != "strided":
         return f"it got pages of the layout {form.layout!r}, and takes 'strided'"
     if form.head_dim > 256:
         return f"it got head_dim {form.head_dim}, and takes at most 256"
+    return _refuse_part(form.key, view.key) or _refuse_part(form.value, view.value)
+
+
+def _refuse_part(part: PartFormat, shared: Shared) -> str | None:
+    if not isinstance(part, AffineFormat | CodebookFormat):
+        return f"it got a {type(part).__name__}, and takes affine codes and codebooks"
+    if isinstance(part, CodebookFormat) and part.width > _LARGEST_WIDTH:
+        return f"it got {part.width} numbers of a token, and takes at most {_LARGEST_WIDTH}"
+    if shared.rope is None:
+        return None
+    channels = 2 * shared.rope.inv_freq.shape[0]
+    if not isinstance(part, CodebookFormat) or shared.restore is not None:
+        return (
+            "it got keys before the rotary embedding that are no plain indices, and takes those after it"
+        )
+    if channels != part.head_dim or channels // 2 % part.channels:
+        return (
+            f"it got a rotary embedding of {channels} channels of {part.head_dim} in codes of "
+            f"{part.channels}, and takes one of all channels, no code spanning its halves"
+        )
     return None
 
 

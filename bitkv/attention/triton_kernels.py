@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from bitkv.attention import tiling
+from bitkv.attention.triton_lookups import add_coded_values, coded_scores, column_channel
 from bitkv.attention.triton_pages import add_values, dot, load_words, narrow, page_scores
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -77,11 +78,25 @@ def _weigh(s, a, b, high, total):
 
 
 @triton.jit
+def _channels(TILE: tl.constexpr, T: tl.constexpr):
+    """Of each row of a tile of outputs the channel, and whether it is one."""
+    if T.is_coded:
+        return column_channel(TILE, T)
+    else:
+        i = tl.arange(0, T.padded_tile)
+        return TILE * T.tile + i, i < T.tile
+
+
+@triton.jit
 def _load_queries(q, real, SLOT: tl.constexpr, K: tl.constexpr):
     """Channels `[words, columns]` that meet a slot of keys, zero where padded."""
-    word = tl.arange(0, K.padded_words)
-    mask = (word < K.words)[:, None] & real[None, :]
-    return tl.load(q[None, :] + (SLOT * K.words + word)[:, None], mask=mask, other=0).to(tl.float32)
+    if K.is_coded:
+        channel, inside = column_channel(SLOT, K)
+    else:
+        word = tl.arange(0, K.padded_words)
+        channel, inside = SLOT * K.words + word, word < K.words
+    mask = inside[:, None] & real[None, :]
+    return tl.load(q[None, :] + channel[:, None], mask=mask, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -90,14 +105,15 @@ def _prepare_queries(q, real, factor, RAW: tl.constexpr, F: tl.constexpr):
 
     The factor is positive: queries take the sign of a negative one. For codes, each query is scaled by
     a power of two that brings its largest channel into [16, 32): a product with a scale then fits
-    float16 whatever the query's size, up to scales of 2**11. The last tile is all channels.
+    float16 whatever the query's size, up to scales of 2**11. The last tile is all channels, which zero
+    points beside codes meet.
 
     Args:
         q: pointers to the first channel of each column's query, `[columns]`.
         real: which columns exist.
     """
     K: tl.constexpr = F.keys
-    SLOTS: tl.constexpr = K.slots
+    SLOTS: tl.constexpr = K.parts if K.is_coded else K.slots
     sign = tl.where(factor < 0, -1.0, 1.0)
     # never 0, which would make hidden scores NaN
     factor = tl.maximum(tl.full((F.columns,), tl.abs(factor), tl.float32), 1e-30)
@@ -110,18 +126,35 @@ def _prepare_queries(q, real, factor, RAW: tl.constexpr, F: tl.constexpr):
             largest = tl.maximum(largest, tl.max(tl.abs(_load_queries(q, real, j, K)), 0))
         power = largest.to(tl.int32, bitcast=True) & 0x7F800000
         unit = tl.where(power == 0, 1.0, power.to(tl.float32, bitcast=True) / 16)
-        for j in tl.static_range(SLOTS):
-            tile = _load_queries(q, real, j, K) * (sign / (unit * K.slot_unit(j)))[None, :]
-            tiles = tiles + (tile.to(tl.float16),)
-        channel = tl.arange(0, K.padded_columns)
-        mask = (channel < K.columns)[:, None] & real[None, :]
-        whole = tl.load(q[None, :] + channel[:, None], mask=mask, other=0) * (sign / unit)[None, :]
-        return tiles + (whole.to(tl.float16),), factor * unit
+        if K.is_coded:
+            for j in tl.static_range(SLOTS):
+                tile = _load_queries(q, real, j, K) * (sign / unit)[None, :]
+                tiles = tiles + (tile if K.parts == 2 else tile.to(tl.float16),)
+            return tiles, factor * unit
+        else:
+            for j in tl.static_range(SLOTS):
+                tile = _load_queries(q, real, j, K) * (sign / (unit * K.slot_unit(j)))[None, :]
+                tiles = tiles + (tile.to(tl.float16),)
+            channel = tl.arange(0, K.padded_columns)
+            mask = (channel < K.columns)[:, None] & real[None, :]
+            whole = tl.load(q[None, :] + channel[:, None], mask=mask, other=0) * (sign / unit)[None, :]
+            return tiles + (whole.to(tl.float16),), factor * unit
 
 
 @triton.jit
 def _attend_pages(
-    base, table, span, first_token, tiles, factor, limits, score, RAW: tl.constexpr, F: tl.constexpr
+    base,
+    table,
+    span,
+    first_token,
+    tiles,
+    factor,
+    limits,
+    score,
+    books,
+    head,
+    RAW: tl.constexpr,
+    F: tl.constexpr,
 ):
     """Attention over the pages `span` of a sequence.
 
@@ -143,12 +176,15 @@ def _attend_pages(
     for i in range(first, stop):
         page = pages + number.to(tl.int64) * stride
         number = tl.load(table + i + 1, mask=i + 1 < stop, other=0)  # now: its page waits for it
-        s, a, b = page_scores(page, tiles, factor, RAW, F)
+        token = first_token + i * F.page_size
+        if F.keys.is_coded:
+            s, a, b = coded_scores(page, tiles, i, books, head, F), factor, 0.0
+        else:
+            s, a, b = page_scores(page, tiles, factor, RAW, F)
         if F.softcap:
-            if F.keys.is_raw:
+            if F.keys.is_raw or F.keys.is_coded:
                 s = s * a[None, :]
             s, a, b = _soften(s, score.softcap, F), tl.full((F.columns,), 1.0, tl.float32), 0.0
-        token = first_token + i * F.page_size
         if (token + F.page_size - 1 > low) | (token < full):  # most pages are seen by all, entirely
             s = _hide(s, token + tl.arange(0, F.page_size), last, score.window, F)
         p, high, total, decay = _weigh(s, a, b, high, total)
@@ -156,12 +192,32 @@ def _attend_pages(
         values = page + F.value_offset
         if V.is_raw:
             acc = (dot(load_words(values, 0, V, RAW), narrow(p, RAW, F), acc[0], F),)
+        elif V.is_coded:
+            shift = _scale(shift, decay, 1)
+            acc, shift = add_coded_values(values, p, acc, shift, books, head, F)
         else:
             acc, shift = add_values(values, p, acc, _scale(shift, decay, V.groups), RAW, F)
     sums = ()
     for t in tl.static_range(ALL_TILES):
         sums = sums + (acc[t] * (1 / V.tile_unit(t)) + shift[V.group_of(t)][None, :],)
+    if F.map_width > 0:
+        sums = (_mapped(sums, books.value_map + head.to(tl.int64) * F.map_stride, F),)
     return high, total, sums
+
+
+@triton.jit
+def _mapped(sums, matrix, F: tl.constexpr):
+    """Sums of values `[head_dim, columns]` from those of the numbers in pages: `matrix @ sums`."""
+    V: tl.constexpr = F.values
+    ALL_TILES: tl.constexpr = V.all_tiles
+    row = tl.arange(0, F.padded_head_dim)
+    acc = tl.full((F.padded_head_dim, F.columns), 0.0, tl.float32)
+    for t in tl.static_range(ALL_TILES):
+        column, real = _channels(t, V)
+        mask = (row < F.head_dim)[:, None] & real[None, :]
+        part = tl.load(matrix + row[:, None] * F.map_width + column[None, :], mask=mask, other=0)
+        acc = dot(part, sums[t], acc, F)
+    return acc
 
 
 @triton.jit
@@ -173,8 +229,8 @@ def _attend_hot(slot, bounds, k_rows, v_rows, q, last, score, state, F: tl.const
         bounds: tokens in the hot window, sinks, tokens in pages.
         k_rows, v_rows, q: pointers to the first channel of each slot and of each column.
     """
-    V: tl.constexpr = F.values
-    ALL_TILES: tl.constexpr = V.all_tiles
+    O: tl.constexpr = F.outputs  # noqa: E741
+    ALL_TILES: tl.constexpr = O.all_tiles
     high, total, acc = state
     count, sinks, packed = bounds
     token = tl.where(slot < sinks, slot, slot + packed)
@@ -190,8 +246,8 @@ def _attend_hot(slot, bounds, k_rows, v_rows, q, last, score, state, F: tl.const
     p, high, total, decay = _weigh(s, ones, 0.0, high, total)
     sums = ()
     for t in tl.static_range(ALL_TILES):
-        i = tl.arange(0, V.padded_tile)[:, None]
-        v = tl.load(v_rows[None, :] + t * V.tile + i, mask=real[None, :] & (i < V.tile), other=0)
+        channel, inside = _channels(t, O)
+        v = tl.load(v_rows[None, :] + channel[:, None], mask=real[None, :] & inside[:, None], other=0)
         sums = sums + (dot(v, narrow(p, v.dtype, F), acc[t] * decay[None, :], F),)
     return high, total, sums
 
@@ -216,27 +272,27 @@ def _visible_pages(last, real, packed, sinks, window, F: tl.constexpr):
 @triton.jit
 def _store(result, split, row, real, high, total, acc, F: tl.constexpr):
     """Write the output of a split and its log-sum-exp; `row` `[columns]` says where."""
-    V: tl.constexpr = F.values
-    ALL_TILES: tl.constexpr = V.all_tiles
+    O: tl.constexpr = F.outputs  # noqa: E741
+    ALL_TILES: tl.constexpr = O.all_tiles
     at = split.to(tl.int64) * result.rows + row
     total = tl.where(total == 0, 1.0, total)  # nothing was seen, and `high` is minus infinity
     tl.store(result.lse + at, (high - HEADROOM + tl.log2(total)) * LN_2, mask=real)
     inverse = 1 / total
     for t in tl.static_range(ALL_TILES):
-        i = tl.arange(0, V.padded_tile)[:, None]
-        place = result.out + at[None, :] * F.head_dim + t * V.tile + i
+        channel, inside = _channels(t, O)
+        place = result.out + at[None, :] * F.head_dim + channel[:, None]
         out = narrow(acc[t] * inverse[None, :], result.out.dtype.element_ty, F)
-        tl.store(place, out, mask=real[None, :] & (i < V.tile))
+        tl.store(place, out, mask=real[None, :] & inside[:, None])
 
 
 @triton.jit
-def attend_kernel(queries, cache, score, result, F: tl.constexpr):
+def attend_kernel(queries, cache, score, result, books, F: tl.constexpr):
     """One split of the tokens of a sequence, for `F.columns` queries that share a KV head.
 
     Grid (splits, KV heads * blocks of columns, sequences). A split takes its share of the sequence's
     pages and of the tiles of its hot window; lengths are read here, never by the host.
 
-    Args: `Queries`, `Cache`, `Score` and `Result` of the module `triton`, with tensors for pointers.
+    Args: `Queries`, `Cache`, `Score`, `Result`, `Books` of the module `triton`; tensors are pointers.
     """
     split, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     rows = queries.ratio * queries.length
@@ -246,7 +302,10 @@ def attend_kernel(queries, cache, score, result, F: tl.constexpr):
     real, query = column < rows, column % queries.length
     q_head = head * queries.ratio + column // queries.length
     q = queries.q + b * queries.stride_b + q_head * queries.stride_h + query * queries.stride_t
-    tiles, factor = _prepare_queries(q, real, score.factor, cache.hot_k.dtype.element_ty, F)
+    paged = q
+    if F.maps_queries:  # contiguous, as results are
+        paged = books.queries + ((b * cache.kv_heads + head) * rows + column) * books.width
+    tiles, factor = _prepare_queries(paged, real, score.factor, cache.hot_k.dtype.element_ty, F)
 
     packed, count = tl.load(cache.packed_len + b), tl.load(cache.hot_len + b)
     if F.causal:
@@ -267,6 +326,8 @@ def attend_kernel(queries, cache, score, result, F: tl.constexpr):
         factor,
         limits,
         score,
+        books,
+        head,
         cache.hot_k.dtype.element_ty,
         F,
     )

@@ -27,23 +27,23 @@ def narrow(x, TYPE: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
-def _split_rows(x, COUNT: tl.constexpr):
+def split_rows(x, COUNT: tl.constexpr):
     """A tile `[rows, columns]` as `COUNT` tiles one below the other: registers get other names."""
     if COUNT == 1:
         return (x,)
     else:
         a, b = x.reshape(2, x.shape[0] // 2, x.shape[1]).permute(1, 2, 0).split()
-        return _split_rows(a, COUNT // 2) + _split_rows(b, COUNT // 2)
+        return split_rows(a, COUNT // 2) + split_rows(b, COUNT // 2)
 
 
 @triton.jit
-def _stack_rows(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Inverse of `_split_rows`, for tiles from `FIRST` on."""
+def stack_rows(tiles, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """Inverse of `split_rows`, for tiles from `FIRST` on."""
     if COUNT == 1:
         return tiles[FIRST]
     else:
-        a = _stack_rows(tiles, FIRST, COUNT // 2)
-        b = _stack_rows(tiles, FIRST + COUNT // 2, COUNT // 2)
+        a = stack_rows(tiles, FIRST, COUNT // 2)
+        b = stack_rows(tiles, FIRST + COUNT // 2, COUNT // 2)
         return tl.join(a, b).permute(2, 0, 1).reshape(2 * a.shape[0], a.shape[1])
 
 
@@ -143,7 +143,7 @@ def _channel_scores(part, q, factor, F: tl.constexpr):
                 if F.softcap or not K.uniform:
                     acc = acc * (factor * (1 / K.tile_unit(t)))[None, :] + (shift * factor)[None, :]
                 tiles = tiles + (acc,)
-    scores = _stack_rows(tiles, 0, K.all_tiles)
+    scores = stack_rows(tiles, 0, K.all_tiles)
     if K.uniform and not F.softcap:
         return scores, factor * (1 / K.tile_unit(0)), shift * factor
     else:
@@ -174,7 +174,7 @@ def _token_scores(part, q, factor, F: tl.constexpr):
             tiles = tiles + (acc * (factor * (1 / K.tile_unit(t)))[None, :],)
         scale = _load_numbers(part, K.scale_at(g), K.rows, K.rows)
         zero = _load_numbers(part, K.zero_at(g), K.rows, K.rows)
-        scores += _stack_rows(tiles, 0, K.folds) * scale.to(tl.float32)[:, None]
+        scores += stack_rows(tiles, 0, K.folds) * scale.to(tl.float32)[:, None]
         scores += zero.to(tl.float32)[:, None] * (total * factor)[None, :]
     return scores, tl.full((F.columns,), 1.0, tl.float32), 0.0
 
@@ -218,7 +218,7 @@ def add_values(part, p, acc, shift, RAW: tl.constexpr, F: tl.constexpr):
         scale = _load_numbers(part, V.scale_at(g), V.columns, V.columns)
         zero = _load_numbers(part, V.zero_at(g), V.columns, V.columns)
         middle = zero.to(tl.float32) + V.middle * scale.to(tl.float32)
-        weights = _split_rows((p * scale.to(tl.float32)[:, None]).to(tl.float16), V.slots)
+        weights = split_rows((p * scale.to(tl.float32)[:, None]).to(tl.float16), V.slots)
         rounded = tl.full((16, F.columns), 0.0, tl.float32)
         for j in tl.static_range(SLOTS):
             rounded = dot(tl.full((16, V.words), 1.0, tl.float16), weights[j], rounded, F)

@@ -103,7 +103,9 @@ def synthetic_layer(
     return layer
 
 
-def new_layer(recipe: Recipe, layer_idx: int = 0, shape: Shape | None = None) -> PagedLayer:
+def new_layer(
+    recipe: Recipe, layer_idx: int = 0, shape: Shape | None = None, layout: str | None = None
+) -> PagedLayer:
     """An empty layer of a recipe's cache; codecs that have to learn learn Gaussian data of `shape`."""
     rope = None
     codecs = recipe.codecs(layer_idx)
@@ -116,6 +118,7 @@ def new_layer(recipe: Recipe, layer_idx: int = 0, shape: Shape | None = None) ->
         num_sink_tokens=recipe.num_sink_tokens,
         recent_tokens=recipe.recent_tokens,
         page_size=recipe.page_size,
+        layout=layout,
         rope=rope,
     )
 

@@ -59,6 +59,13 @@ __all__ = [
 _PAGES_AT_ONCE = 64  # converted together: bounds the temporaries
 
 
+def _of_numbers(site: Site, numbers: tuple[int, ...], layout: str, head_dim: int) -> PartFormat:
+    if len(numbers) == 5:
+        bits, channels, width, page_size, scales = numbers
+        return CodebookFormat(site, bits, channels, head_dim, page_size, width, scales, layout)
+    return AffineFormat.of_numbers(site, numbers, layout)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True)
 class PageFormat:
     """The bytes of a page: a key part, then a value part. All that a kernel knows about a codec."""
@@ -68,10 +75,12 @@ class PageFormat:
 
     @staticmethod
     @cache
-    def of_numbers(key: Numbers, value: Numbers, layout: str = "strided") -> "PageFormat":
-        """The format whose parts have these `AffineFormat.numbers`."""
+    def of_numbers(
+        key: tuple[int, ...], value: tuple[int, ...], layout: str = "strided", *, head_dim: int
+    ) -> "PageFormat":
+        """The format whose parts have these `numbers`, `AffineFormat`'s or `CodebookFormat`'s."""
         return PageFormat(
-            AffineFormat.of_numbers("key", key, layout), AffineFormat.of_numbers("value", value, layout)
+            _of_numbers("key", key, layout, head_dim), _of_numbers("value", value, layout, head_dim)
         )
 
     def __post_init__(self) -> None:

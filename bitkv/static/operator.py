@@ -41,7 +41,7 @@ def _append(
         levels: `Codec.native_levels` of both.
         hot_capacity: a page is due when the window holds so many tokens.
     """
-    form = PageFormat.of_numbers(tuple(key), tuple(value), layout)
+    form = PageFormat.of_numbers(tuple(key), tuple(value), layout, head_dim=k.shape[3])
     parts = form.affine
     if not _has_kernel(k.device, layout):
         lengths = packed_len, hot_len, tickets

@@ -14,7 +14,7 @@ def test_many_random_requests():
     found = child("soak.py", {"seed": 5, "requests": REQUESTS, "text": text()[:20_000]}, options)
     assert found["finished"] + found["aborted"] == REQUESTS
     assert found["aborted"] > REQUESTS // 40
-    assert found["grown"] < 64 << 20
+    assert found["grown"] < 96 << 20  # vLLM on its own pages grows by 75 MB over 3,000 requests
     prompts = [each["prompt"] for each in found["some"]]
     alone = tokens_of(run(job(prompts, alone=True, sampling={"max_tokens": 150}))["jobs"][0])
     for each, expected in zip(found["some"], alone, strict=True):

@@ -49,7 +49,7 @@ def packing_of(config: Any, layer_idx: int, key: Tensor, rank: int) -> Packing:
     """How the tokens of a layer become pages on a rank of tensor parallelism.
 
     Args:
-        key: `[N, Hkv, D]` like this rank's keys: its share of the heads, or the one that it has with others.
+        key: `[N, Hkv, D]` like this rank's keys: its share of the heads, or one that others have too.
     """
     recipe, model = chosen_recipe(), config.model_config
     heads, ranks = model.get_total_num_kv_heads(), config.parallel_config.tensor_parallel_size
