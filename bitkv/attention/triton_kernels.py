@@ -142,6 +142,21 @@ def _prepare_queries(q, real, factor, RAW: tl.constexpr, F: tl.constexpr):
 
 
 @triton.jit
+def _score_page(page, number, tiles, factor, books, head, score, RAW: tl.constexpr, F: tl.constexpr):
+    """`page_scores`, capped, of whatever keys a page has; `number` says which of its sequence it is."""
+    if F.keys.is_coded:
+        s, a, b = coded_scores(page, tiles, number, books, head, F), factor, 0.0
+    else:
+        s, a, b = page_scores(page, tiles, factor, RAW, F)
+    if F.softcap:
+        if F.keys.is_raw or F.keys.is_coded:
+            s = s * a[None, :]
+        return _soften(s, score.softcap, F), tl.full((F.columns,), 1.0, tl.float32), 0.0
+    else:
+        return s, a, b
+
+
+@triton.jit
 def _attend_pages(
     base,
     table,
@@ -177,14 +192,7 @@ def _attend_pages(
         page = pages + number.to(tl.int64) * stride
         number = tl.load(table + i + 1, mask=i + 1 < stop, other=0)  # now: its page waits for it
         token = first_token + i * F.page_size
-        if F.keys.is_coded:
-            s, a, b = coded_scores(page, tiles, i, books, head, F), factor, 0.0
-        else:
-            s, a, b = page_scores(page, tiles, factor, RAW, F)
-        if F.softcap:
-            if F.keys.is_raw or F.keys.is_coded:
-                s = s * a[None, :]
-            s, a, b = _soften(s, score.softcap, F), tl.full((F.columns,), 1.0, tl.float32), 0.0
+        s, a, b = _score_page(page, i, tiles, factor, books, head, score, RAW, F)
         if (token + F.page_size - 1 > low) | (token < full):  # most pages are seen by all, entirely
             s = _hide(s, token + tl.arange(0, F.page_size), last, score.window, F)
         p, high, total, decay = _weigh(s, a, b, high, total)
