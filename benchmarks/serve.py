@@ -19,7 +19,8 @@ from openai import OpenAI
 from bitkv.generation.checkpoint import ASSETS
 
 RECIPE = "kivi2"
-COMMAND = "python -m vllm.entrypoints.openai.api_server --model bitkv/assets --block-size 128"
+BLOCK, SEQUENCES = 128, 8
+COMMAND = f"python -m vllm.entrypoints.openai.api_server --model bitkv/assets --block-size {BLOCK}"
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 _PATIENCE = 300  # seconds
 
@@ -51,7 +52,8 @@ def serving(recipe: str, *, gib: int = 1) -> Iterator[Server]:
         template.write_text(TEMPLATE, encoding="utf-8")
         options = [
             *("--port", str(port), "--host", "127.0.0.1", "--served-model-name", "bitkv"),
-            *("--max-model-len", "8192", "--max-num-seqs", "8", "--block-size", "128"),
+            *("--max-model-len", "8192"),
+            *("--max-num-seqs", str(SEQUENCES), "--block-size", str(BLOCK)),
             *("--chat-template", str(template), "--enforce-eager"),
         ]
         env = os.environ | {"BITKV_RECIPE": recipe, "VLLM_CPU_KVCACHE_SPACE": str(gib)}
@@ -116,6 +118,8 @@ def main() -> int:
     print(f"\n\n$ {COMMAND}", flush=True)
     with serving("") as server:
         stock = server.cache_tokens
+    # the slots of unfinished blocks lie beside the cache, in 16 bits
+    packed = int(packed * (1 - (SEQUENCES + 2) * BLOCK / stock))
     print(f"tokens a GiB: {packed:,} with {RECIPE}, {stock:,} in bfloat16, {packed / stock:.2f} times")
     return 0
 

@@ -21,7 +21,7 @@ RECIPES = ("", "affine(4, 'page')", "affine(2, 'page')", "affine(1, 'page')")
 LOADS = ((8, 16_384), (2, 65_536))  # sequences, tokens of each
 LAYERS, VOCABULARY, BLOCK, SEQUENCES = 2, 1536, 128, 8
 GIB = 3
-STEPS = 24
+STEPS = BLOCK  # in which every sequence packs a block
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
