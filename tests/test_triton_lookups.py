@@ -14,7 +14,7 @@ from test_cpu_codebooks import Case, case_of, coupled, held, rope_of, spectral
 from bitkv.attention import AttentionRequest, attend, choose, last_backend
 from bitkv.attention.lookups import Lookup
 from bitkv.attention.triton import triton_attend
-from bitkv.codecs import Affine, Codec, QuaRot, TurboQuant
+from bitkv.codecs import Affine, Codec, QuaRot, RotateKV, TurboQuant
 from bitkv.pages import CodebookFormat
 from bitkv.rope import Rope
 from bitkv.shared import Shared
@@ -169,17 +169,19 @@ def test_the_operator_has_a_fake_that_agrees():
 
 
 @pytest.mark.parametrize(
-    ("key", "rope", "sentence"),
+    ("key", "pairs", "sentence"),
     [
-        (spectral(1.0, 64, "key"), None, None),
-        (coupled(8, 8, 64, rope="before", site="key"), rope_of(16), "a rotary embedding of 32 channels"),
+        (coupled(8, 8, 64, rope="before", site="key"), 16, "a rotary embedding of 32 channels of 64"),
+        (coupled(8, 8, 64, rope="before", site="key"), 32, None),
+        (RotateKV(4), 32, "keys before the rotary embedding that are no plain indices"),
     ],
+    ids=["half of the channels turn", "all turn", "scales and zero points"],
 )
-def test_it_says_what_it_does_not_take(key, rope, sentence, monkeypatch):
-    case = made(key, VALUES, (150,), head_dim=64, rope=rope)
+def test_which_keys_before_the_rotary_embedding_it_takes(key, pairs, sentence):
+    case = made(key, VALUES, (150,), head_dim=64, rope=rope_of(pairs))
     request = AttentionRequest(case.q.half(), case.view, None, 0.125)
     if sentence is None:
-        choose(request, "triton")
+        assert choose(request, "triton").name == "triton"
         return
     with pytest.raises(ValueError, match=sentence):
         choose(request, "triton")
