@@ -4,6 +4,7 @@ A job: prompts (lists of tokens), how many tokens to make, and whether at once o
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,22 @@ def answers(llm: LLM, job: dict[str, Any]) -> list[Any]:
             [max(at, key=lambda token: at[token].logprob) for at in r.prompt_logprobs[1:]] for r in found
         ]
     return [
-        {"tokens": [list(o.token_ids) for o in r.outputs], "cached": r.num_cached_tokens} for r in found
+        {
+            "tokens": [list(o.token_ids) for o in r.outputs],
+            "seconds": seconds(r.outputs[0]),
+            "cached": r.num_cached_tokens,
+        }
+        for r in found
     ]
+
+
+def seconds(output: Any) -> list[tuple[int, float]]:
+    """Of each token the second likeliest one, and how far it is behind; none where nobody asked."""
+    found = []
+    for token, known in zip(output.token_ids, output.logprobs or (), strict=False):
+        second = max((t for t in known if t != token), key=lambda t: known[t].logprob)
+        found.append((second, known[token].logprob - known[second].logprob))
+    return found
 
 
 def main(path: str) -> None:
@@ -34,6 +49,8 @@ def main(path: str) -> None:
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
     result = {"blocks": blocks, "jobs": [answers(llm, job) for job in asked["jobs"]]}
     Path(path).write_text(json.dumps(result), encoding="utf-8")
+    llm.llm_engine.engine_core.shutdown()
+    os._exit(0)  # threads of vLLM's now and then abort the interpreter's own way out
 
 
 if __name__ == "__main__":

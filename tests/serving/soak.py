@@ -1,6 +1,7 @@
 """A child process: random requests that end or are aborted, and what some of those that ended got."""
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -55,6 +56,8 @@ def main(path: str) -> None:
         "some": [{"prompt": prompts[name], "tokens": found[name]} for name in some],
     }
     Path(path).write_text(json.dumps(result), encoding="utf-8")
+    engine.engine_core.shutdown()
+    os._exit(0)  # as in engine.py
 
 
 if __name__ == "__main__":
