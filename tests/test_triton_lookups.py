@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 from test_attention import TRITON_DEVICE, dense, pytorch, visible
-from test_cpu_codebooks import Case, case_of, coupled, held, rope_of, spectral
+from test_cpu_codebooks import Case, Scaled, case_of, coupled, held, rope_of, spectral
 
 from bitkv.attention import AttentionRequest, attend, choose, last_backend
 from bitkv.attention.lookups import Lookup
@@ -105,6 +105,41 @@ def test_odd_lengths(lengths):
 def test_indices_beside_affine_codes():
     assert_rule(made(coupled(8, 8, 64, rope="before", site="key"), VALUES, head_dim=64))
     assert_rule(made(KEYS, coupled(8, 8, 64), head_dim=64))
+
+
+class Shifted(Scaled):
+    """With a scale and a zero point for each token, values included."""
+
+    def part_format(self, site, **shape):
+        return dataclasses.replace(super().part_format(site, **shape), scales=2)
+
+
+@pytest.mark.parametrize("rope", ["before", "after"])
+@pytest.mark.parametrize("kind", [Scaled, Shifted])
+def test_indices_with_scales_and_zero_points(kind, rope):
+    key, value = (
+        kind(4, 8, "uniform", rope).with_learned(coupled(4, 8, 64, rope=rope, site=site).learned)
+        for site in ("key", "value")
+    )
+    assert_rule(made(key, value, head_dim=64, queries=3))
+
+
+def test_memory_beyond_valid_data_is_never_used():
+    key = coupled(8, 8, 64, rope="before", site="key")
+    case = made(key, spectral(1.0, 64, "value"), (300, 0, 150), head_dim=64)
+    case = dataclasses.replace(case, q=case.q.half())
+    view, expected = case.view, run(case)
+    assert expected[0][0].any()
+    used = view.packed_len // view.format.page_size
+    table = view.block_table.clone()
+    table[torch.arange(table.shape[1]) >= used[:, None]] = 2**30  # not even read
+    hot = {name: getattr(view, name).clone() for name in ("hot_k", "hot_v")}
+    for b, length in enumerate(view.hot_len.tolist()):
+        for x in hot.values():
+            x[b, :, length:] = torch.nan
+    poisoned = dataclasses.replace(view, block_table=table, **hot)
+    for x, y in zip(run(dataclasses.replace(case, view=poisoned)), expected, strict=True):
+        assert torch.equal(x, y)
 
 
 @pytest.mark.parametrize("options", [{"window": 100}, {"softcap": 3.0}, {"window": 40, "softcap": 9.0}])
