@@ -395,6 +395,8 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
   Angle angle;
   if (plan.turns) angle = plan.angles[part];
   int i = part * plan.part_size;
+  // the first page, which no other one fetches
+  for (size_t at = 0; i < end && at < r.page_bytes(); at += 64) prefetch(page(i) + at);
 #if defined(BITKV_LOOKUP)
   if (plan.looks_up_keys || plan.looks_up_values) {
     LookupScratch& l = lookup_scratch();

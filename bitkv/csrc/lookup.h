@@ -1,10 +1,10 @@
-// Codebooks of at most 256 entries by byte permutes: a table of 256 bytes fills four registers, and two
-// instructions and a blend look up 64 tokens' codes in it.
+// Codebooks of at most 256 entries by byte permutes: a table of 256 bytes fills four registers, and a few
+// instructions look up 64 tokens' codes in it.
 //
 // Keys as attention meets them: q . entry is tabulated once an item for each query row and group, in 16 bits,
 // or in 8 where that is fine enough. Keys before the rotary embedding: entries as 16-bit integers, turned in
-// pairs of channels, then multiplied with all rows. Values: entries as bytes times weights as bytes, both with
-// a second term where one byte costs too much.
+// pairs of channels and multiplied with four rows while they are in registers. Values: entries as bytes times
+// weights as bytes, both with a second term where one byte costs too much.
 //
 // For AVX-512 with VBMI, whose instructions stand in assembly: not every CPU that runs this file has them.
 // No include guard: isa_avx512.cpp includes this once, after decode.h.
@@ -39,15 +39,17 @@ class Room {
 constexpr int kEntries = 256;
 constexpr int kVector = 64;                      // tokens in a register of codes
 constexpr int kTileVectors = kTileTokens / kVector;
-constexpr int kPairs = 8, kTurned = 8;           // of channels, and vectors, that are turned, then multiplied
-constexpr float kLookupShare = 0.06f;            // of quantization's error that a rounding may add
+constexpr int kPairs = 8;                        // of channels that are turned while sums are in registers
+constexpr float kLookupShare = 0.09f;            // of quantization's error that a rounding may add
+constexpr float kValueShare = 0.06f;             // entries of values, which are off by the same for all tokens
 
 // --- tables of a codebook -------------------------------------------------------------------------
 
 // What is made of a codebook once, head by head: for each of its channels a table, then numbers of channels.
 //   values         bytes [2][256]: high and low parts of 256 high + low = (entry - middle) / unit
 //   keys           float32 [256]
-//   turned keys    bytes [2][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit
+//   turned keys    bytes [2][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit. The
+//                  high parts are rounded where they are fine enough alone
 struct Tables {
   const uint8_t* data;
   int width;
@@ -66,7 +68,7 @@ struct Tables {
   const float* middles() const { return units() + width; }
   const float* errors() const { return middles() + width; }  // squared, that quantization makes, at least
   float spread() const { return errors()[width]; }      // the variance of entries over that error
-  bool is_fine() const { return errors()[width + 1] != 0; }  // whether bytes of values need their low parts
+  bool is_fine() const { return errors()[width + 1] != 0; }  // whether bytes need their low parts
 };
 
 // What a codebook's own cells say of the error of its codes, per channel: a fraction of the squared distance
@@ -92,7 +94,7 @@ inline float cell_error(const float* x, int channels, int entries, std::vector<f
   return cell * room[entries / 2];
 }
 
-inline void put_bytes(uint8_t* table, int e, int number, bool low_is_signed) {
+inline void put_bytes(uint8_t* table, int e, int number, bool low_is_signed) {  // else the high part is the floor
   const int low = low_is_signed ? (number + 128) % 256 - 128 : number & 255;
   const int wrapped = low_is_signed && low < -128 ? low + 256 : low;
   table[e] = uint8_t((number - wrapped) / 256), table[kEntries + e] = uint8_t(wrapped);
@@ -125,14 +127,16 @@ inline void tabulate_head(const TablesRequest& r, int head) {
     variance += squares / entries, error += errors[c], rounding += 65536.0 / 12 * units[c] * units[c];
   }
   errors[width] = float(variance / std::max(error, 1e-30));
-  errors[width + 1] = rounding > kLookupShare * kLookupShare * error;
+  const float share = r.kind == TableKind::values ? kValueShare : kLookupShare;
+  const bool is_fine = rounding > share * share * error;
+  errors[width + 1] = is_fine;
   for (int c = 0; c < r.pairs; ++c) units[c] = units[c + r.pairs] = std::max(units[c], units[c + r.pairs]);
   for (int c = 0; c < width; ++c) {
     uint8_t* table = out + c * bytes;
     for (int e = 0; e < kEntries; ++e) {
       const float x = entry(e, c);
       if (r.kind == TableKind::keys) std::memcpy(table + e * sizeof x, &x, sizeof x);
-      else put_bytes(table, e, int(std::nearbyint((x - middles[c]) / units[c])), r.kind == TableKind::values);
+      else put_bytes(table, e, int(std::nearbyint((x - middles[c]) / units[c])), r.kind == TableKind::values || !is_fine);
     }
   }
 }
@@ -157,19 +161,21 @@ inline V dot_words(V acc, V a, V b) {
   return acc;
 }
 
-// 256 bytes.
-struct Table {
-  V a, b, c, d;
+// Codes of 64 tokens, and which half of a table each points into.
+struct Index {
+  V code;
+  __mmask64 upper;
 
-  explicit Table(const uint8_t* p) : a(load_v(p)), b(load_v(p + 64)), c(load_v(p + 128)), d(load_v(p + 192)) {}
-
-  [[gnu::always_inline]] V operator()(V code, __mmask64 upper) const {
-    V low = code, high = code;
-    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(a), "v"(b));
-    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(c), "v"(d));
-    return _mm512_mask_blend_epi8(upper, low, high);
-  }
+  explicit Index(V code) : code(code), upper(_mm512_movepi8_mask(code)) {}
 };
+
+// What 64 codes point to in a table of 256 bytes.
+[[gnu::always_inline]] inline V look_up(const uint8_t* table, const Index& index) {
+  V low = index.code, high = index.code;
+  asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(load_v(table)), "v"(load_v(table + 64)));
+  asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(load_v(table + 128)), "v"(load_v(table + 192)));
+  return _mm512_mask_blend_epi8(index.upper, low, high);
+}
 
 // Codes of a tile as bytes, 64 tokens a vector: those of group g lie at from[v] + g * stride.
 struct Codes {
@@ -250,9 +256,9 @@ inline void tabulate_row(const Side& side, int head, const float* x, float* room
     total += range, widest = std::max(widest, range), row.offset += lows[g];
   }
   for (int c = 0; c < side.width; ++c) error += x[c] * x[c] * tables.errors()[c], row.sum += x[c];
-  row.unit = widest / 255;
+  row.unit = std::max(widest / 255, total / 65000);  // sums fit in words
   row.is_wide = float(groups) / 12 * row.unit * row.unit > kLookupShare * kLookupShare * error;
-  if (row.is_wide) row.unit = total / 65000;  // room for each entry's rounding
+  if (row.is_wide) row.unit = total / 65000;
   const F inverse = set(row.unit > 1e-30f ? 1 / row.unit : 0);
   for (int g = 0; g < groups; ++g) {
     for (int e = 0; e < kEntries; e += kLanes) {
@@ -265,128 +271,91 @@ inline void tabulate_row(const Side& side, int head, const float* x, float* room
   }
 }
 
-// Scores of N vectors of tokens from vector `first` on, for two query rows in bytes.
-template <int N>
-[[gnu::noinline]] void scan_two_rows(const Codes& codes, int groups, const RowTables* rows, int first, float* scores) {
-  V even[2][N], odd[2][N];
-  repeat<2>([&](auto h) { repeat<N>([&](auto v) { even[h][v] = odd[h][v] = _mm512_setzero_si512(); }); });
-  const V bytes = _mm512_set1_epi16(255);
+// Sums of bytes in words: of all as words, which wrap around, and of the odd ones.
+struct ByteSums {
+  V all = _mm512_setzero_si512(), odd = all;
+
+  [[gnu::always_inline]] void add(V x) {
+    all = _mm512_add_epi16(all, x), odd = _mm512_add_epi16(odd, _mm512_srli_epi16(x, 8));
+  }
+  V even() const { return _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8)); }
+};
+
+// Scores of N vectors of tokens from vector `first` on, for H query rows: all in bytes, or all in words.
+template <int N, int H, bool kWide>
+[[gnu::noinline]] void scan_rows(const Codes& codes, int groups, const RowTables* rows, int first, float* scores) {
+  ByteSums high[H][N], low[H][N];
+  const size_t step = (kWide ? 2 : 1) * kEntries;
   for (int g = 0; g < groups; ++g) {
-    const Table one(rows[0].bytes + g * kEntries), two(rows[1].bytes + g * kEntries);
-    const size_t at = g * codes.stride;
+    const size_t at = g * codes.stride, entry = g * step;
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(codes.from[first + v] + at);
-      const __mmask64 upper = _mm512_movepi8_mask(code);
-      const V x = one(code, upper), y = two(code, upper);
-      even[0][v] = _mm512_add_epi16(even[0][v], _mm512_and_si512(x, bytes));
-      odd[0][v] = _mm512_add_epi16(odd[0][v], _mm512_srli_epi16(x, 8));
-      even[1][v] = _mm512_add_epi16(even[1][v], _mm512_and_si512(y, bytes));
-      odd[1][v] = _mm512_add_epi16(odd[1][v], _mm512_srli_epi16(y, 8));
+      const Index index(load_v(codes.from[first + v] + at));
+      repeat<H>([&](auto h) __attribute__((always_inline)) {
+        high[h][v].add(look_up(rows[h].bytes + entry, index));
+        if constexpr (kWide) low[h][v].add(look_up(rows[h].bytes + entry + kEntries, index));
+      });
     });
   }
-  repeat<2>([&](auto h) {
+  repeat<H>([&](auto h) {
     repeat<N>([&](auto v) {
-      put_words(_mm512_unpacklo_epi16(even[h][v], odd[h][v]), _mm512_unpackhi_epi16(even[h][v], odd[h][v]), rows[h].unit,
-                rows[h].offset, scores + h * kTile + (first + v) * kVector);
-    });
-  });
-}
-
-// The same for one row.
-template <int N, bool kWide>
-[[gnu::noinline]] void scan_keys(const Codes& codes, int groups, const RowTables& row, int first, float* scores) {
-  V low[N], high[N];
-  repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
-  const V bytes = _mm512_set1_epi16(255);
-  const uint8_t* table = row.bytes;
-  for (int g = 0; g < groups; ++g, table += (kWide ? 2 : 1) * kEntries) {
-    const Table of_high(table), of_low(table + (kWide ? kEntries : 0));
-    const size_t at = g * codes.stride;
-    repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const V code = load_v(codes.from[first + v] + at);
-      const __mmask64 upper = _mm512_movepi8_mask(code);
-      const V h = of_high(code, upper);
+      V even = high[h][v].even(), odd = high[h][v].odd;
       if constexpr (kWide) {
-        const V l = of_low(code, upper);
-        low[v] = _mm512_add_epi16(low[v], _mm512_unpacklo_epi8(l, h));
-        high[v] = _mm512_add_epi16(high[v], _mm512_unpackhi_epi8(l, h));
-      } else {
-        low[v] = _mm512_add_epi16(low[v], _mm512_and_si512(h, bytes));
-        high[v] = _mm512_add_epi16(high[v], _mm512_srli_epi16(h, 8));
+        even = _mm512_add_epi16(_mm512_slli_epi16(even, 8), low[h][v].even());
+        odd = _mm512_add_epi16(_mm512_slli_epi16(odd, 8), low[h][v].odd);
       }
+      put_words(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), rows[h].unit, rows[h].offset,
+                scores + h * kTile + (first + v) * kVector);
     });
-  }
-  repeat<N>([&](auto v) {
-    float* out = scores + (first + v) * kVector;
-    if constexpr (kWide) put_words(low[v], high[v], row.unit, row.offset, out);
-    else put_words(_mm512_unpacklo_epi16(low[v], high[v]), _mm512_unpackhi_epi16(low[v], high[v]), row.unit, row.offset, out);
   });
 }
 
-inline void scan_row(const Codes& codes, int groups, const RowTables& row, float* scores) {
+template <int N, int H, bool kWide>
+inline void scan_vectors(const Codes& codes, int groups, const RowTables* rows, float* scores) {
   int v = 0;
-  for (; v + 8 <= codes.vectors && row.is_wide; v += 8) scan_keys<8, true>(codes, groups, row, v, scores);
-  for (; v < codes.vectors && row.is_wide; ++v) scan_keys<1, true>(codes, groups, row, v, scores);
-  for (; v + 8 <= codes.vectors; v += 8) scan_keys<8, false>(codes, groups, row, v, scores);
-  for (; v < codes.vectors; ++v) scan_keys<1, false>(codes, groups, row, v, scores);
-}
-
-inline void scan_rows(const Codes& codes, int groups, const RowTables* rows, float* scores) {
-  int v = 0;
-  for (; v + 4 <= codes.vectors; v += 4) scan_two_rows<4>(codes, groups, rows, v, scores);
-  for (; v < codes.vectors; ++v) scan_two_rows<1>(codes, groups, rows, v, scores);
+  for (; v + N <= codes.vectors; v += N) scan_rows<N, H, kWide>(codes, groups, rows, v, scores);
+  for (; v < codes.vectors; ++v) scan_rows<1, H, kWide>(codes, groups, rows, v, scores);
 }
 
 inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, float* scores) {
   for (int i = 0; i < count;) {
-    const bool two = i + 1 < count && !rows[i].is_wide && !rows[i + 1].is_wide;
-    if (two) scan_rows(codes, groups, rows + i, scores + i * kTile);
-    else scan_row(codes, groups, rows[i], scores + i * kTile);
+    const RowTables* row = rows + i;
+    float* out = scores + i * kTile;
+    const bool two = i + 1 < count && !row[0].is_wide && !row[1].is_wide;
+    if (two) scan_vectors<4, 2, false>(codes, groups, row, out);
+    else if (row->is_wide) scan_vectors<4, 1, true>(codes, groups, row, out);
+    else scan_vectors<8, 1, false>(codes, groups, row, out);
     i += 1 + two;
   }
 }
 
 // --- keys before the rotary embedding -------------------------------------------------------------
 
-// Cosines and sines of places in a page times 2^15, as 16-bit words in the order that unpacking bytes leaves:
-// [pairs][vectors of 64 tokens][cos low, cos high, sin low, sin high][32].
+// Cosines and sines of places in a page times 2^15, as 16-bit words of even and of odd tokens:
+// [pairs][vectors of 64 tokens][cos even, cos odd, sin even, sin odd][32].
 inline void turn_table(const Turns& turns, int16_t* out) {
   for (int i = 0; i < turns.pairs; ++i) {
     for (int t = 0; t < turns.page_size; ++t) {
-      const int lane = t % 64 / 16, place = t % 16;
-      int16_t* to = out + ((size_t(i) * turns.page_size + t / 64 * 64) * 2 + place / 8 * 32 + lane * 8 + place % 8);
+      int16_t* to = out + (size_t(i) * turns.page_size + t / 64 * 64) * 2 + t % 2 * 32 + t % 64 / 2;
       const size_t at = size_t(t) * turns.pairs + i;
       to[0] = int16_t(std::nearbyint(32767 * turns.cos[at])), to[64] = int16_t(std::nearbyint(32767 * turns.sin[at]));
     }
   }
 }
 
-// Channels i and i + pairs of vectors [first, end), turned: 16-bit words (a, b) of each token, [vectors][4][32].
-template <bool kFine>
-[[gnu::noinline]] inline void turn_pair(const Codes& codes, const Tables& tables, int first, int end, int channels,
-                                        int pair, int pairs, const int16_t* turns, int16_t* out) {
-  const int a = pair, b = pair + pairs;
-  const Table ah(tables.of(a)), bh(tables.of(b));
-  const Table al(tables.of(a) + (kFine ? kEntries : 0)), bl(tables.of(b) + (kFine ? kEntries : 0));
-  const size_t at_a = a / channels * codes.stride, at_b = b / channels * codes.stride;
-  const int16_t* angles = turns + size_t(pair) * codes.page_size * 2;
-  const auto turned = [](V x, V y, V cos, V sin, V* to) {
-    const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
-    const V q = _mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin));
-    _mm512_storeu_si512(to, _mm512_unpacklo_epi16(p, q)), _mm512_storeu_si512(to + 1, _mm512_unpackhi_epi16(p, q));
-  };
-  for (int v = first; v < end; ++v, out += 128) {
-    const V x = load_v(codes.from[v] + at_a), y = load_v(codes.from[v] + at_b);
-    const __mmask64 x_upper = _mm512_movepi8_mask(x), y_upper = _mm512_movepi8_mask(y);
-    const V xh = ah(x, x_upper), yh = bh(y, y_upper);
-    V xl = _mm512_set1_epi8(char(128)), yl = xl;  // the middle of what the high part leaves open
-    if constexpr (kFine) xl = al(x, x_upper), yl = bl(y, y_upper);
-    const int16_t* angle = angles + v % (codes.page_size / kVector) * 128;
-    V* to = reinterpret_cast<V*>(out);
-    turned(_mm512_unpacklo_epi8(xl, xh), _mm512_unpacklo_epi8(yl, yh), load_v(angle), load_v(angle + 64), to);
-    turned(_mm512_unpackhi_epi8(xl, xh), _mm512_unpackhi_epi8(yl, yh), load_v(angle + 32), load_v(angle + 96), to + 2);
+// The entries of 64 tokens in one channel as 16-bit words: those of even and of odd tokens.
+struct Words {
+  V even, odd;
+
+  // Looked up in the high parts, and in the low parts where they are needed.
+  template <bool kFine>
+  [[gnu::always_inline]] static Words of(const uint8_t* table, const Index& index) {
+    const V high = look_up(table, index), mask = _mm512_set1_epi16(int16_t(0xff00));
+    const Words x{_mm512_slli_epi16(high, 8), _mm512_and_si512(high, mask)};
+    if constexpr (!kFine) return x;
+    const V low = look_up(table + kEntries, index);
+    return {_mm512_ternarylogic_epi32(x.even, low, mask, 0xf4), _mm512_or_si512(x.odd, _mm512_srli_epi16(low, 8))};
   }
-}
+};
 
 // Rows of a page's queries as words (a, b) of each pair, and what their sums are multiples of.
 struct TurnedQueries {
@@ -410,25 +379,58 @@ inline void round_turned(const float* x, int pairs, const float* units, TurnedQu
   }
 }
 
-// sums[h][64 tokens] += words of the pairs times those of H queries.
-template <int H>
-inline void multiply_turned(const int16_t* words, int pairs, size_t stride, const int32_t (*q)[kColumns / 2], int32_t* sums) {
-  V acc[H][4];
-  repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
-  for (int p = 0; p < pairs; ++p, words += stride) {
-    V key[4];
-    repeat<4>([&](auto i) { key[i] = load_v(words + i * 32); });
-    repeat<H>([&](auto h) {
-      const V number = _mm512_set1_epi32(q[h][p]);
-      repeat<4>([&](auto i) { acc[h][i] = dot_words(acc[h][i], key[i], number); });
-    });
+// Everything that scores of keys before the rotary embedding are made of.
+struct TurnedKeys {
+  const Codes& codes;
+  const Tables& tables;
+  int channels, pairs;
+  const int16_t* turns;
+  const TurnedQueries* queries;  // of each page
+};
+
+// sums[h][tokens] += channels i and i + pairs, turned, times those of queries, for pairs [first, last) and H rows from
+// `row` on.
+template <bool kFine, int H>
+[[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums) {
+  const Codes& codes = keys.codes;
+  const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const size_t table = keys.tables.table_bytes;
+  for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
+    const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
+    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    V acc[H][4];
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    for (int i = first; i < last;) {
+      const int a = i / channels, b = (i + pairs) / channels;
+      const Index ia(load_v(codes.from[v] + a * codes.stride)), ib(load_v(codes.from[v] + b * codes.stride));
+      const int end = std::min({last, (a + 1) * channels, (b + 1) * channels - pairs});
+      for (; i < end; ++i, angle += codes.page_size / 16) {
+        const Words x = Words::of<kFine>(keys.tables.data + i * table, ia);
+        const Words y = Words::of<kFine>(keys.tables.data + (i + pairs) * table, ib);
+        V key[4];
+        const auto turn = [&](V x, V y, V cos, V sin, V* to) __attribute__((always_inline)) {
+          const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
+          const V q = _mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin));
+          to[0] = _mm512_unpacklo_epi16(p, q), to[1] = _mm512_unpackhi_epi16(p, q);
+        };
+        turn(x.even, y.even, angle[0], angle[2], key);
+        turn(x.odd, y.odd, angle[1], angle[3], key + 2);
+        repeat<H>([&](auto h) {
+          const V number = _mm512_set1_epi32(q[h][i]);
+          repeat<4>([&](auto j) { acc[h][j] = dot_words(acc[h][j], key[j], number); });
+        });
+      }
+    }
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
   }
-  repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
 }
 
-// Sums as words were unpacked: register i holds tokens 16 l + 8 (i / 2) + 4 (i % 2) + 0 ... 3 of lane l.
+// Sums as words were unpacked: of even tokens, then of odd ones.
 inline void put_turned(const int32_t* sums, float unit, float* out) {
-  const V x[4] = {load_v(sums), load_v(sums + 16), load_v(sums + 32), load_v(sums + 48)};
+  const V even[2] = {load_v(sums), load_v(sums + 16)}, odd[2] = {load_v(sums + 32), load_v(sums + 48)};
+  // register i has, in quarter l, tokens 16 l + 4 i + 0 ... 3
+  const V x[4] = {_mm512_unpacklo_epi32(even[0], odd[0]), _mm512_unpackhi_epi32(even[0], odd[0]),
+                  _mm512_unpacklo_epi32(even[1], odd[1]), _mm512_unpackhi_epi32(even[1], odd[1])};
   // a 4 x 4 transposition of lanes
   const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
   const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
@@ -504,20 +506,17 @@ inline V sums_of_sixteen(const V* x) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v, w, 0x88), _mm512_shuffle_i32x4(v, w, 0xdd));
 }
 
-// acc[c][h] = entries of C neighbouring channels times H rows of bytes.
+// out[h][c] = entries of C neighbouring channels times H rows of bytes.
 template <int C, int H, bool kFetch>
 [[gnu::always_inline]] inline void multiply_values(const Codes& codes, const Next& next, int pair, const uint8_t* table,
                                                    size_t at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
-  const Table first(table), second(table + (C - 1) * 2 * kEntries);
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
-    const V code = load_v(codes.from[v] + at);
+    const Index index(load_v(codes.from[v] + at));
     if constexpr (kFetch) next.fetch(v, pair);
-    const __mmask64 upper = _mm512_movepi8_mask(code);
     V entry[C];
-    entry[0] = first(code, upper);
-    if constexpr (C > 1) entry[1] = second(code, upper);
+    repeat<C>([&](auto c) { entry[c] = look_up(table + c * 2 * kEntries, index); });
     repeat<H>([&](auto h) {
       const V weight = load_v(bytes[h] + v * kVector);
       repeat<C>([&](auto c) { acc[c][h] = dot_bytes(acc[c][h], weight, entry[c]); });

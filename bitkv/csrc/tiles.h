@@ -9,7 +9,6 @@ struct LookupScratch {
   Room<uint8_t> row_bytes, codes;  // tables of query rows; codes of a tile
   Room<float> products;
   RowTables rows[kRows];
-  Room<int16_t> turned;
   alignas(64) int32_t sums[kRows][kTile];
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
@@ -82,27 +81,16 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
       round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
     }
   }
-  const Codes codes = codes_of(tile, key.codes, 0, key.codes.channels >= 4, l.codes);
+  const Codes codes = codes_of(tile, key.codes, 0, false, l.codes);
+  const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, plan.turn_words, l.queries};
   const int per_page = tile.page_size / kVector;
-  constexpr size_t kStride = kTurned * 128;
-  int16_t* turned = l.turned.of(kPairs * kStride);
   for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
-  for (int first = 0; first < codes.vectors; first += kTurned) {
-    const int end = std::min(codes.vectors, first + kTurned);
-    for (int pair = 0; pair < key.pairs; pair += kPairs) {
-      const int count = std::min(kPairs, key.pairs - pair);
-      for (int i = 0; i < count; ++i) {
-        const auto turn = tables.is_fine() ? turn_pair<true> : turn_pair<false>;
-        turn(codes, tables, first, end, key.codes.channels, pair + i, key.pairs, plan.turn_words, turned + i * kStride);
-      }
-      for (int v = first; v < end; ++v) {
-        const TurnedQueries& queries = l.queries[v / per_page];
-        by_four_rows(q.rows, [&](int row, auto h) {
-          const auto* words = reinterpret_cast<const int32_t(*)[kColumns / 2]>(&queries.words[row][pair]);
-          multiply_turned<h()>(turned + (v - first) * 128, count, kStride, words, l.sums[row] + v * kVector);
-        });
-      }
-    }
+  for (int pair = 0; pair < key.pairs; pair += kPairs) {
+    const int last = std::min(key.pairs, pair + kPairs);
+    by_four_rows(q.rows, [&](int row, auto h) {
+      const auto score = tables.is_fine() ? score_pairs<true, h()> : score_pairs<false, h()>;
+      score(keys, pair, last, row, l.sums[row]);
+    });
   }
   for (int i = 0; i < q.rows; ++i) {
     for (int v = 0; v < codes.vectors; ++v) {
