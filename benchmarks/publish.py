@@ -216,9 +216,9 @@ def speedup() -> str:
     return by_context([row for row in attended() if not is_rival(row)], cell)
 
 
-def speed() -> str:
+def speed(name: str = "attention") -> str:
     """One context, 131,072 tokens or the longest below: recipes, SDPA's fastest variant, and vLLM."""
-    measured = attended()
+    measured = attended(name)
     context = max(c for c in {row["context"] for row in measured} if c <= 131072)
     lines = [
         [
@@ -401,6 +401,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "levels": levels,
     "speed": speed,
+    "speed_amx": lambda: speed("attention_amx"),
     "attention": attention,
     "bandwidth": bandwidth,
     "speedup": speedup,
