@@ -30,7 +30,7 @@ class Coupled(Codec):
     """One index of `bits` bits for each `channels` neighbouring channels: `bits / channels` bits each.
 
     Args:
-        channels: that are coded together; 2 to 32, dividing the head.
+        channels: that are coded together; 1 to 32, dividing the head.
         bits: of an index, 1 to 12.
         weights: what a token of the calibration text counts: "fisher" or "uniform".
         rope: whether keys are coded "before" or "after" the rotary embedding.
