@@ -281,39 +281,48 @@ struct ByteSums {
   V even() const { return _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8)); }
 };
 
-// Scores of N vectors of tokens from vector `first` on, for H query rows: all in bytes, or all in words.
-template <int N, int H, bool kWide>
+// Scores of N vectors of tokens from vector `first` on, for H query rows in bytes.
+template <int N, int H>
 [[gnu::noinline]] void scan_rows(const Codes& codes, int groups, const RowTables* rows, int first, float* scores) {
-  ByteSums high[H][N], low[H][N];
-  const size_t step = (kWide ? 2 : 1) * kEntries;
+  ByteSums sums[H][N];
   for (int g = 0; g < groups; ++g) {
-    const size_t at = g * codes.stride, entry = g * step;
     repeat<N>([&](auto v) __attribute__((always_inline)) {
-      const Index index(load_v(codes.from[first + v] + at));
-      repeat<H>([&](auto h) __attribute__((always_inline)) {
-        high[h][v].add(look_up(rows[h].bytes + entry, index));
-        if constexpr (kWide) low[h][v].add(look_up(rows[h].bytes + entry + kEntries, index));
-      });
+      const Index index(load_v(codes.from[first + v] + g * codes.stride));
+      repeat<H>([&](auto h) { sums[h][v].add(look_up(rows[h].bytes + g * kEntries, index)); });
     });
   }
   repeat<H>([&](auto h) {
     repeat<N>([&](auto v) {
-      V even = high[h][v].even(), odd = high[h][v].odd;
-      if constexpr (kWide) {
-        even = _mm512_add_epi16(_mm512_slli_epi16(even, 8), low[h][v].even());
-        odd = _mm512_add_epi16(_mm512_slli_epi16(odd, 8), low[h][v].odd);
-      }
+      const V even = sums[h][v].even(), odd = sums[h][v].odd;
       put_words(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), rows[h].unit, rows[h].offset,
                 scores + h * kTile + (first + v) * kVector);
     });
   });
 }
 
-template <int N, int H, bool kWide>
-inline void scan_vectors(const Codes& codes, int groups, const RowTables* rows, float* scores) {
+// The same for one row in words.
+template <int N>
+[[gnu::noinline]] void scan_wide_row(const Codes& codes, int groups, const RowTables& row, int first, float* scores) {
+  V low[N], high[N];
+  repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
+  for (int g = 0; g < groups; ++g) {
+    const uint8_t* table = row.bytes + g * 2 * kEntries;
+    repeat<N>([&](auto v) __attribute__((always_inline)) {
+      const Index index(load_v(codes.from[first + v] + g * codes.stride));
+      const V h = look_up(table, index), l = look_up(table + kEntries, index);
+      low[v] = _mm512_add_epi16(low[v], _mm512_unpacklo_epi8(l, h));
+      high[v] = _mm512_add_epi16(high[v], _mm512_unpackhi_epi8(l, h));
+    });
+  }
+  repeat<N>([&](auto v) { put_words(low[v], high[v], row.unit, row.offset, scores + (first + v) * kVector); });
+}
+
+// Calls scan(first vector, their number as a constant: N or 1).
+template <int N, class Fn>
+inline void by_vectors(const Codes& codes, const Fn& scan) {
   int v = 0;
-  for (; v + N <= codes.vectors; v += N) scan_rows<N, H, kWide>(codes, groups, rows, v, scores);
-  for (; v < codes.vectors; ++v) scan_rows<1, H, kWide>(codes, groups, rows, v, scores);
+  for (; v + N <= codes.vectors; v += N) scan(v, std::integral_constant<int, N>());
+  for (; v < codes.vectors; ++v) scan(v, std::integral_constant<int, 1>());
 }
 
 inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, float* scores) {
@@ -321,9 +330,9 @@ inline void score_codes(const Codes& codes, int groups, const RowTables* rows, i
     const RowTables* row = rows + i;
     float* out = scores + i * kTile;
     const bool two = i + 1 < count && !row[0].is_wide && !row[1].is_wide;
-    if (two) scan_vectors<4, 2, false>(codes, groups, row, out);
-    else if (row->is_wide) scan_vectors<4, 1, true>(codes, groups, row, out);
-    else scan_vectors<8, 1, false>(codes, groups, row, out);
+    if (two) by_vectors<4>(codes, [&](int v, auto n) { scan_rows<n(), 2>(codes, groups, row, v, out); });
+    else if (row->is_wide) by_vectors<8>(codes, [&](int v, auto n) { scan_wide_row<n()>(codes, groups, *row, v, out); });
+    else by_vectors<8>(codes, [&](int v, auto n) { scan_rows<n(), 1>(codes, groups, row, v, out); });
     i += 1 + two;
   }
 }

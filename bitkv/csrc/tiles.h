@@ -40,12 +40,10 @@ inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScr
   }
 }
 
-// A tile's codes, `offset` bytes into its pages: as they lie there, or copied side by side. Pages of a head lie
-// whole powers of two apart, where the first-level cache has no room for the same bytes of all of them: who reads
-// codes often and does little with them should copy.
-inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, bool copied, Room<uint8_t>& room) {
+// A tile's codes, `offset` bytes into its pages: as they lie there, or as bytes side by side where they are fewer bits.
+inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Room<uint8_t>& room) {
   const int per_page = tile.page_size / kVector;
-  copied |= part.bits < 8;
+  const bool copied = part.bits < 8;
   uint8_t* copy = copied ? room.of(size_t(part.groups()) * kTile) : nullptr;
   Codes codes;
   codes.stride = size_t(copied ? kTile : tile.page_size);
@@ -81,7 +79,7 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
       round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
     }
   }
-  const Codes codes = codes_of(tile, key.codes, 0, false, l.codes);
+  const Codes codes = codes_of(tile, key.codes, 0, l.codes);
   const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, plan.turn_words, l.queries};
   const int per_page = tile.page_size / kVector;
   for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
@@ -124,7 +122,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
   if (key.inv_freq) {
     score_turned(r, plan, q, tile, angle, s, l);
   } else {
-    score_codes(codes_of(tile, key.codes, 0, false, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
+    score_codes(codes_of(tile, key.codes, 0, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
     for (int i = 0; i < q.rows; ++i) sums[i] = l.rows[i].sum;
   }
   for (int p = 0; p < tile.pages; ++p) {
@@ -163,7 +161,7 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
       store(out + c, fma(set(totals[i]), load(tables.middles() + c), load(out + c)));
     }
   }
-  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), false, l.codes);
+  const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
   add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
 }
 
