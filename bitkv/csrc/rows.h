@@ -18,6 +18,7 @@ constexpr int kTokens = 128;   // tokens of a page, at most
 constexpr int kTileTokens = 1024;        // whose scores are kept together, at most
 constexpr int kTile = kTileTokens + 64;  // between rows of them: powers of two would share cache sets
 constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
+constexpr int kNumbers = kColumns + 64;  // between rows of bytes: sixteen are stored with 48 zeros behind them
 constexpr int kMaxH = kAccumulators >= 16 ? 8 : 4;  // rows that are multiplied at once
 
 // Calls fn(0), ..., fn(N - 1) with constants. Sums live in arrays, which stay in registers only where
@@ -86,7 +87,7 @@ struct Units {
 
 // Rows of numbers to multiply with codes: bytes, and a second term for what rounding left.
 struct Numbers {
-  alignas(64) int8_t high[kMaxH][kColumns], low[kMaxH][kColumns];
+  alignas(64) int8_t high[kMaxH][kNumbers], low[kMaxH][kNumbers];
   float unit[kUnitBlocks][kMaxH], low_unit[kUnitBlocks][kMaxH];  // what the bytes are multiples of
   float offset[kMaxH], low_offset[kMaxH];                       // what turns sums of codes into sums of values
 };
@@ -311,7 +312,7 @@ template <int BITS, bool kPositive, int H, int R>
       });
       repeat<H>([&](auto h) {
         int32_t four;
-        __builtin_memcpy(&four, numbers + h * kColumns, 4);
+        __builtin_memcpy(&four, numbers + h * kNumbers, 4);
         repeat<R>([&](auto r) {
           acc[r][h] = kPositive ? dot_unsigned(acc[r][h], code[r], four) : dot(acc[r][h], code[r], four);
         });
@@ -329,7 +330,7 @@ template <bool kPositive, int H>
     const B code = bits_at(word, at + 4 * (block % 2), 1);
     repeat<H>([&](auto h) {
       int32_t four;
-      __builtin_memcpy(&four, numbers + h * kColumns + (part.vectors * 8 + at) * 4, 4);
+      __builtin_memcpy(&four, numbers + h * kNumbers + (part.vectors * 8 + at) * 4, 4);
       acc[h] = kPositive ? dot_unsigned(acc[h], code, four) : dot(acc[h], code, four);
     });
   }
@@ -423,7 +424,7 @@ inline void fill_tables(const int8_t* numbers, int columns, uint8_t* tables) {
   for (int h = 0; h < H; ++h) {
     by_columns(0, columns, [&](int c, auto vectors) {
       const auto make = vectors() == 4 ? choices_of_sixteen_quads : choices_of_quads;
-      make(numbers + h * kColumns + c, tables + 4 * (h * kColumns + c));
+      make(numbers + h * kNumbers + c, tables + 4 * (h * kColumns + c));
     });
   }
 }
