@@ -359,7 +359,7 @@ def affine(bits, granularity, extent):
 @st.composite
 def mixtures(draw) -> Case:
     """Any two formats, any shape, any of the arguments of `attend`."""
-    page, head_dim = draw(st.sampled_from(SHAPES))
+    page, head_dim = draw(st.sampled_from([64, 128])), 16 * draw(st.integers(1, 16))
     bits = st.sampled_from([1, 2, 4, 8])
     channel, token = affine(bits, "channel", page), affine(bits, "token", head_dim)
     unquantized = st.just(Unquantized())
@@ -431,6 +431,12 @@ def test_one_sequence_of_any_length(recipe, tokens, queries):
 @pytest.mark.parametrize("lengths", [(0, 0), (1, 0, 1000), (127, 129, 128, 300), (64,) * 5])
 def test_batches_of_unequal_lengths(recipe, lengths):
     assert_rule(case_of(recipe, lengths, queries=3))
+
+
+@pytest.mark.parametrize("recipe", ["affine(4, 'page')", "affine(2, 'page')", "affine(1, 'page')"])
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
+def test_heads_of_any_width(recipe, head_dim):
+    assert_rule(case_of(recipe, head_dim=head_dim, heads=16))
 
 
 @RECIPES

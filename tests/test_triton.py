@@ -57,6 +57,23 @@ def test_codes_of_every_format(page, head_dim, key, value):
     assert_rule(Case((page + 7,), repr(recipe), ratio, 1, head_dim, queries, dtype), "triton")
 
 
+@pytest.mark.parametrize(
+    ("page", "head_dim", "bits"), [(64, 16, 4), (128, 48, 1), (64, 208, 2), (128, 240, 4)]
+)
+@pytest.mark.parametrize("granularity", ["channel", "token"])
+def test_small_and_odd_heads(page, head_dim, bits, granularity):
+    recipe = Recipe(Affine(bits, granularity, "page"), Affine(1, "token", "page"), page_size=page)
+    assert_rule(Case((2 * page + 7,), repr(recipe), 8, 1, head_dim, 2), "triton")
+
+
+@pytest.mark.parametrize(("page", "head_dim", "bits"), [(64, 16, 2), (64, 48, 1), (128, 16, 1)])
+def test_pages_with_few_codes_of_keys_are_refused(page, head_dim, bits):
+    recipe = Recipe(Affine(bits, "channel", "page"), Affine(1, "token", "page"), page_size=page)
+    case = Case((2 * page + 7,), repr(recipe), 8, 1, head_dim, 2)
+    with pytest.raises(ValueError, match="bytes of keys' codes a head, and takes at least 512"):
+        assert_rule(case, "triton")
+
+
 @pytest.mark.parametrize(("page", "head_dim"), SHAPES)
 def test_unquantized_pages(page, head_dim):
     recipe = repr(Recipe(Unquantized(), Unquantized(), recent_tokens=0, page_size=page))

@@ -27,6 +27,9 @@ from bitkv.view import CacheView
 _DTYPES = tuple(RAW_DTYPES.values())
 _MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
 _LARGEST_WIDTH = 512
+_LEAST_KEY_BYTES = (
+    512  # below, codes that lie in different bits of a word are of fewer than 16 tokens each
+)
 
 
 class Queries(NamedTuple):
@@ -330,6 +333,12 @@ def _refuse_format(view: CacheView) -> str | None:
         return f"it got pages of the layout {form.layout!r}, and takes 'strided'"
     if form.head_dim > 256:
         return f"it got head_dim {form.head_dim}, and takes at most 256"
+    key = form.key
+    if isinstance(key, AffineFormat) and not key.is_raw and key.code_bytes < _LEAST_KEY_BYTES:
+        return (
+            f"it got pages with {key.code_bytes} bytes of keys' codes a head, and takes at least "
+            f"{_LEAST_KEY_BYTES}: more bits or a larger page_size"
+        )
     return _refuse_part(form.key, view.key) or _refuse_part(form.value, view.value)
 
 
