@@ -269,6 +269,15 @@ def test_rates_are_consistent(report: Report) -> None:
         assert row.environment.threads == torch.get_num_threads()
 
 
+def test_codecs_that_cannot_learn_heads_of_this_width_are_refused_with_a_sentence() -> None:
+    shape = {"heads": 2, "kv_heads": 1, "head_dim": 64}
+    report = run_attention(["cq(7, 8)"], [64], backend="reference", quick=True, **shape)
+    assert all(row.is_rival for row in report.rows)
+    assert list(report.refused) == [
+        "cq(7, 8): 64 channels of a head are not a multiple of 7 coupled ones; couple a number that divides 64"
+    ]
+
+
 def test_a_refusal_is_a_sentence_and_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     picky = Backend("picky", BACKENDS["reference"].run, lambda request: "head_dim 16; it takes 128")
     monkeypatch.setitem(BACKENDS, "picky", picky)

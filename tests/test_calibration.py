@@ -258,6 +258,13 @@ def test_windows_longer_than_the_model_can_read_are_refused(model, tokenizer):
         calibrate(model, tokenizer, [CQ], Reading(text=TEXT, window=4096))
 
 
+def test_heads_that_a_codec_cannot_serve_are_refused_before_anything_is_read(tokenizer, model):
+    with pytest.raises(
+        ValueError, match=r"^64 channels of a head are not a multiple of 7 coupled ones; "
+    ):
+        calibrate(model, tokenizer, ["cq(7, 8)"], READING, advance=pytest.fail)
+
+
 def test_codebooks_that_would_learn_the_text_by_heart_are_warned_of(model, tokenizer):
     few, enough = Reading(text=TEXT, tokens=128, window=64), READING
     with pytest.warns(TooLittleText, match=r"^128 tokens .* 8 centroids are 16 each; .* 32 \(256 tok"):

@@ -107,20 +107,24 @@ def new_layer(
     recipe: Recipe, layer_idx: int = 0, shape: Shape | None = None, layout: str | None = None
 ) -> PagedLayer:
     """An empty layer of a recipe's cache; codecs that have to learn learn Gaussian data of `shape`."""
-    rope = None
-    codecs = recipe.codecs(layer_idx)
-    if shape is not None and any(codec.learns for codec in codecs):
-        half = shape.head_dim // 2
-        rope = Rope(_ROPE_BASE ** (-torch.arange(half) / half))
-        codecs = _fitted(codecs[0], "key", shape, rope), _fitted(codecs[1], "value", shape, rope)
-    return PagedLayer(
-        *codecs,
-        num_sink_tokens=recipe.num_sink_tokens,
-        recent_tokens=recipe.recent_tokens,
-        page_size=recipe.page_size,
-        layout=layout,
-        rope=rope,
-    )
+
+    def layer_of(codecs: tuple[Codec, Codec], rope: Rope | None = None) -> PagedLayer:
+        return PagedLayer(
+            *codecs,
+            num_sink_tokens=recipe.num_sink_tokens,
+            recent_tokens=recipe.recent_tokens,
+            page_size=recipe.page_size,
+            layout=layout,
+            rope=rope,
+        )
+
+    codecs = key, value = recipe.codecs(layer_idx)
+    if shape is None or not (key.learns or value.learns):
+        return layer_of(codecs)
+    layer_of(codecs).page_format(shape.head_dim, torch.float16)  # which refuses what cannot be learned
+    half = shape.head_dim // 2
+    rope = Rope(_ROPE_BASE ** (-torch.arange(half) / half))
+    return layer_of((_fitted(key, "key", shape, rope), _fitted(value, "value", shape, rope)), rope)
 
 
 def _fitted(codec: Codec, site: Site, shape: Shape, rope: Rope) -> Codec:

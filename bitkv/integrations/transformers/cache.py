@@ -169,10 +169,13 @@ def decoder_config(config: Config) -> Config:
     return decoder
 
 
+def head_dim_of(decoder: Config) -> int:
+    """Channels of a head of a decoder with this config."""
+    return int(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
+
+
 def _check_head_dim(decoder: Config, layers: list[PagedLayer]) -> None:
     """Refuse a recipe that cannot pack this model's heads now, not at the first token."""
-    heads = getattr(decoder, "num_attention_heads", None)
-    head_dim = getattr(decoder, "head_dim", None) or (heads and decoder.hidden_size // heads)
-    if head_dim:
+    if getattr(decoder, "head_dim", None) or getattr(decoder, "num_attention_heads", None):
         for layer in layers:
-            layer.page_format(int(head_dim), torch.float16)
+            layer.page_format(head_dim_of(decoder), torch.float16)
