@@ -274,7 +274,8 @@ def test_codecs_that_cannot_learn_heads_of_this_width_are_refused_with_a_sentenc
     report = run_attention(["cq(7, 8)"], [64], backend="reference", quick=True, **shape)
     assert all(row.is_rival for row in report.rows)
     assert list(report.refused) == [
-        "cq(7, 8): 64 channels of a head are not a multiple of 7 coupled ones; couple a number that divides 64"
+        "cq(7, 8): 64 channels of a head are not a multiple of 7 coupled ones; "
+        "couple a number that divides 64"
     ]
 
 

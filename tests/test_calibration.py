@@ -21,6 +21,7 @@ from bitkv.integrations.transformers import PackedCache
 from bitkv.integrations.transformers.fingerprint import weights_digest
 from bitkv.integrations.transformers.gather import Recorded, gather, late_gradients
 from bitkv.integrations.transformers.rope import rope_of
+from bitkv.integrations.transformers.stock import stock_attention
 from bitkv.recipe import Allocated, Recipe, as_recipe
 from bitkv.rope import Rope
 
@@ -97,13 +98,15 @@ def test_gathered_gradients_are_those_of_the_loss_of_every_next_token(model):
         torch.testing.assert_close(x.v_gradient.float(), gradient, rtol=1e-2, atol=1e-6)
 
 
-def test_late_gradients_are_those_through_late_queries_alone():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_late_gradients_are_those_through_late_queries_alone(softcap):
     draw = torch.Generator().manual_seed(5)
     q, k, v, slope = (torch.randn(1, h, 9, 8, generator=draw) for h in (4, 2, 2, 4))
     k.requires_grad_()
     v.requires_grad_()
-    wide = (x.repeat_interleave(2, dim=1) for x in (k, v))
-    out = torch.nn.functional.scaled_dot_product_attention(q, *wide, is_causal=True)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 2
+    out = stock_attention(module, q, k, v, None, softcap=softcap, is_causal=True).transpose(1, 2)
     for late in (0, 1, 4, 9):
         expected = torch.zeros_like(k), torch.zeros_like(v)
         for row in range(9):  # a query at a time: its tokens of that age
@@ -113,7 +116,7 @@ def test_late_gradients_are_those_through_late_queries_alone():
                 total[:, :, : max(row + 1 - late, 0)] += part[:, :, : max(row + 1 - late, 0)]
         turned = out.detach().transpose(1, 2)
         turned.grad = slope.transpose(1, 2)
-        found = late_gradients(Recorded(q, k, v, turned, None, 8**-0.5), late)
+        found = late_gradients(Recorded(q, k, v, turned, None, 8**-0.5, softcap), late)
         for x, y in zip(found, expected, strict=True):
             torch.testing.assert_close(x, y[0])
 

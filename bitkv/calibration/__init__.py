@@ -16,7 +16,7 @@ from bitkv.calibration.partial import Partial
 from bitkv.codecs import Codec, Sample
 from bitkv.digests import digest_of
 from bitkv.evaluation.protocols import cut
-from bitkv.integrations.transformers.cache import decoder_config, head_dim_of
+from bitkv.integrations.transformers.cache import decoder_config, head_dim_of, layer_config
 from bitkv.integrations.transformers.fingerprint import fingerprint, weights_digest
 from bitkv.integrations.transformers.gather import Gathered, gather
 from bitkv.integrations.transformers.rope import rope_of
@@ -99,8 +99,9 @@ def calibrate(
     windows = _draw(tokenizer, reading)
     for recipe in made:
         recipe.check_layers(num_layers)
-        for layer in PagedCache(recipe, num_layers).layers:  # what it would refuse at its first token
-            layer.page_format(head_dim_of(decoder), model.dtype)
+        for i, layer in enumerate(PagedCache(recipe, num_layers).layers):
+            # or it would refuse its first token
+            layer.page_format(head_dim_of(layer_config(decoder, i)), model.dtype)
         _check_size(recipe, num_layers, windows.numel())
     model_print = fingerprint(model.config)
     weights = weights_digest(model, 0)
@@ -226,9 +227,12 @@ def _check_size(recipe: Recipe, num_layers: int, tokens: int) -> None:
 
 def _passes(layers: Sequence[int], decoder: Any, tokens: int, memory: int) -> Iterator[Sequence[int]]:
     """Layers whose tensors fit into memory together."""
-    heads = decoder.num_attention_heads
-    kv_heads = getattr(decoder, "num_key_value_heads", None) or heads
-    per_layer = tokens * head_dim_of(decoder) * 4 * (heads + 4 * kv_heads)
-    together = max(1, memory // per_layer)
+    largest = 1
+    for i in layers:
+        config = layer_config(decoder, i)
+        heads = config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        largest = max(largest, head_dim_of(config) * (heads + 4 * kv_heads))
+    together = max(1, memory // (4 * tokens * largest))
     for i in range(0, len(layers), together):
         yield layers[i : i + together]

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
 
     from bitkv.calibration.sensitivity import sensitivities
     from bitkv.calibration.tune import frontier, within
-    from bitkv.integrations.transformers.cache import head_dim_of
+    from bitkv.integrations.transformers.cache import head_dim_of, layer_config
 
     stock, windows, recipes = _prepare(args, recipes, text, name)
     config = stock.model.config.get_text_config(decoder=True)
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
         total = 2 * config.num_hidden_layers * len(recipes)
         task = progress.add_task("layers × codecs", total=total)
         measured = sensitivities(stock, recipes, windows, advance=lambda: progress.advance(task))
-    elements = recipes[0].page_size * head_dim_of(config)
+    elements = recipes[0].page_size * head_dim_of(layer_config(config, 0))
     allocations = frontier(measured, elements=elements, objective=args.objective)
     chosen = within(allocations, args.bits)
     _report(allocations, chosen)

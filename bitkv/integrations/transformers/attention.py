@@ -1,24 +1,34 @@
 """The attention function that Transformers calls by the name "bitkv"."""
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers import PreTrainedConfig as Config
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bitkv.integrations.transformers.layer import Handle
+from bitkv.integrations.transformers.stock import asks_by_name, stock_attention
 
 NAME = "bitkv"
 
 
 def switch_attention(decoder: Config) -> None:
-    """Make a model attend through bitkv; caches of other kinds go to SDPA from there.
+    """Make a model attend through bitkv; caches of other kinds go to stock attention from there.
 
-    Without a mask function of the same name Transformers would pass no mask at all.
+    Without a mask function of the same name Transformers would pass no mask at all. Models whose code
+    does not ask for attention by name (GPT-J, Bloom, Falcon) stay as they are, masks included: they read
+    the cached tensors.
     """
+    if not asks_by_name(decoder):
+        warnings.warn(
+            f"{decoder.model_type} computes attention in its own code: bitkv packs its cache, and "
+            "unpacks all of it at every step",
+            stacklevel=3,
+        )
+        return
     AttentionInterface.register(NAME, attention_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     decoder._attn_implementation = NAME
@@ -34,12 +44,13 @@ def attention_forward(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention over a packed layer if its handle came, else SDPA; output `[B, Tq, Hq, D]`."""
-    if not isinstance(key, Handle):
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-        return out, None
+    """Attention over a packed layer if its handles came, else over tensors; output `[B, Tq, Hq, D]`.
+
+    A model that has read the cached tensors itself (DiffLlama, Doge) goes on with those.
+    """
+    if not (isinstance(key, Handle) and isinstance(value, Handle) and key.layer.can_attend(query)):
+        options = kwargs | {"dropout": dropout, "scaling": scaling}
+        return stock_attention(module, query, key, value, attention_mask, **options), None
     for name in ("s_aux", "position_bias"):
         if kwargs.get(name) is not None:
             raise ValueError(f"bitkv does not serve attention with {name}; use the stock cache")

@@ -1,5 +1,6 @@
 """The cache to pass as `past_key_values`: packed layers, and those that Transformers keeps."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,13 @@ class PackedCache(Cache):  # type: ignore[misc]
         full = [type(layer) in (DynamicLayer, StaticLayer) for layer in stock]
         if not any(isinstance(layer, (DynamicLayer, StaticLayer)) for layer in stock):
             raise ValueError(f"{decoder.model_type} has no KV cache for bitkv to pack")
-        _check_head_dim(decoder, [self.paged.layers[i] for i, is_full in enumerate(full) if is_full])
+        if not any(full):
+            warnings.warn(
+                f"no layer of {decoder.model_type} has full attention and nothing else; bitkv packs "
+                "none",
+                stacklevel=2,
+            )
+        _check_head_dims(decoder, {i: self.paged.layers[i] for i, is_full in enumerate(full) if is_full})
         switch_attention(decoder)
         masks = MaskReader()
 
@@ -169,13 +176,20 @@ def decoder_config(config: Config) -> Config:
     return decoder
 
 
-def head_dim_of(decoder: Config) -> int:
-    """Channels of a head of a decoder with this config."""
-    return int(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
+def layer_config(decoder: Config, layer_idx: int) -> Config:
+    """The config of one layer of a decoder: Gemma 4 has heads of several widths."""
+    heterogeneous = getattr(decoder, "is_heterogeneous", False)
+    return decoder.per_layer_config[layer_idx] if heterogeneous else decoder
 
 
-def _check_head_dim(decoder: Config, layers: list[PagedLayer]) -> None:
+def head_dim_of(layer: Config) -> int:
+    """Channels of a head of a layer with this config."""
+    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+
+def _check_head_dims(decoder: Config, layers: dict[int, PagedLayer]) -> None:
     """Refuse a recipe that cannot pack this model's heads now, not at the first token."""
-    if getattr(decoder, "head_dim", None) or getattr(decoder, "num_attention_heads", None):
-        for layer in layers:
-            layer.page_format(head_dim_of(decoder), torch.float16)
+    for i, layer in layers.items():
+        config = layer_config(decoder, i)
+        if getattr(config, "head_dim", None) or getattr(config, "num_attention_heads", None):
+            layer.page_format(head_dim_of(config), torch.float16)

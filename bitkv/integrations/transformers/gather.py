@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bitkv.integrations.transformers.cache import decoder_config
+from bitkv.integrations.transformers.stock import asks_by_name, capped, stock_attention
 
 NAME = "bitkv-gather"
 _QUERIES_AT_ONCE = 256  # whose scores are held together
@@ -48,6 +48,7 @@ class Recorded:
     out: Tensor
     mask: Tensor | None
     scale: float
+    softcap: float | None = None
 
 
 def gather(
@@ -107,10 +108,13 @@ def late_gradients(x: Recorded, late: int) -> tuple[Tensor, Tensor]:
     for rows in torch.split(place, _QUERIES_AT_ONCE):
         age = rows[:, None] - place
         seen = age >= 0 if x.mask is None else x.mask[0, 0, rows]
-        scores = (q[:, rows] @ k.mT * x.scale).masked_fill(~seen, -torch.inf)
-        weights = scores.softmax(-1) * (age >= late)
+        scores = capped(q[:, rows] @ k.mT * x.scale, x.softcap)
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1) * (age >= late)
         by_value += weights.mT @ slope[:, rows]
-        by_key += (weights * (slope[:, rows] @ v.mT - mean[:, rows])).mT @ q[:, rows] * x.scale
+        by_score = weights * (slope[:, rows] @ v.mT - mean[:, rows])
+        if x.softcap is not None:
+            by_score *= 1 - (scores / x.softcap).square()
+        by_key += by_score.mT @ q[:, rows] * x.scale
     by_key, by_value = (torch.unflatten(y, 0, (-1, repeats)).sum(1) for y in (by_key, by_value))
     return by_key, by_value
 
@@ -123,17 +127,23 @@ def _recording(model: Any, layers: set[int]) -> Iterator[dict[int, Recorded]]:
     def forward(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        out, _ = sdpa_attention_forward(module, query, key, value, mask, **kwargs)
+        out = stock_attention(module, query, key, value, mask, **kwargs)
         if module.layer_idx in layers:
             for x in (key, value, out):
                 x.retain_grad()
             scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
-            recorded[module.layer_idx] = Recorded(query, key, value, out, mask, scale)
+            tensors = query, key, value, out, mask
+            recorded[module.layer_idx] = Recorded(*tensors, scale, kwargs.get("softcap"))
         return out, None
 
+    decoder = decoder_config(model.config)
+    if not asks_by_name(decoder):
+        raise ValueError(
+            f"{decoder.model_type} computes attention in its own code, where bitkv cannot look on; use a "
+            "recipe that need not learn"
+        )
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    decoder = decoder_config(model.config)
     before = decoder._attn_implementation
     decoder._attn_implementation = NAME
     try:

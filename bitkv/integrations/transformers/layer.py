@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bitkv.attention import attend
 from bitkv.cache import PagedCache
 from bitkv.integrations.transformers.fingerprint import check_calibration
 from bitkv.integrations.transformers.masks import MaskReader
+from bitkv.integrations.transformers.stock import stock_attention
 from bitkv.layer import PagedLayer
 
 
@@ -56,7 +56,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     length: int
     columns: Tensor | None
-    _pending: tuple[Tensor, Tensor] | None
+    _pending: tuple[Tensor, Tensor] | None  # new tokens, until attention claims them
+    _was_attended = False  # whether it has
     _dense: tuple[Tensor, Tensor] | None
 
     def __init__(
@@ -98,7 +99,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Take new keys and values `[B, Hkv, T, D]`; returns handles to all of them."""
         self._flush()
         self.lazy_initialization(key_states, value_states)
-        self._pending = (key_states, value_states)
+        self._pending, self._was_attended = (key_states, value_states), False
         self._dense = None
         self.length += key_states.shape[2]
         return self._handle(key_states, 0), self._handle(value_states, 1)
@@ -197,11 +198,20 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     # --- storing and attending -----------------------------------------------------------------
 
+    def can_attend(self, q: Tensor) -> bool:
+        """Whether `attend` serves queries `[B, Hq, Tq, D]`: not those of a model that has read new
+        tokens as tensors instead, nor a prompt's in a layer that shares the cache of an earlier one.
+        """
+        return self._pending is not None or (self._was_attended and q.shape[2] == 1)
+
     def attend(
         self, module: torch.nn.Module, q: Tensor, mask: Tensor | None, scale: float, **options: Any
     ) -> Tensor:
         """Store the pending tokens and attend to the cache, output `[B, Tq, Hq, D]`."""
-        assert self._pending is not None
+        softcap = options.get("softcap")
+        if self._pending is None:  # a later layer that shares this one's cache, for its newest token
+            out, _ = attend(q, self.paged.view(), scale=scale, softcap=softcap, backend=self.backend)
+            return out.transpose(1, 2).contiguous()
         k, v = self._pending
         is_first = self.length == k.shape[2]
         if is_first and self.layer_idx == 0:
@@ -209,12 +219,12 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         real = self.masks.real_columns(mask, self.columns, self.length, k.shape[2], k.shape[0])
         positions = self._positions(real, q.shape[2])
         self._store_columns(real, k)
-        self._pending = None
-        if is_first and self.exact_prefill and options.get("softcap") is None:
+        self._pending, self._was_attended = None, True
+        if is_first and self.exact_prefill and softcap is None:
             mask = None if mask is None else mask[..., : self.length]
-            out, _ = sdpa_attention_forward(module, q, k, v, mask, scaling=scale, **options)
+            out = stock_attention(module, q, k, v, mask, scaling=scale, **options)
             self.paged.append(k, v, real)
-            return out  # type: ignore[no-any-return]
+            return out
         self.paged.stage(k, v, real)
         if not self.exact_prefill:
             self.paged.commit()
@@ -223,7 +233,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             self.paged.view(),
             scale=scale,
             positions=positions,
-            softcap=options.get("softcap"),
+            softcap=softcap,
             backend=self.backend,
         )
         if self.exact_prefill:

@@ -1,14 +1,13 @@
 """A model's rotary embedding as bitkv knows it, read from its config and checked against its code."""
 
 import inspect
-import sys
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig as Config
 
+from bitkv.integrations.transformers.stock import modeling_of
 from bitkv.rope import Rope
 
 KINDS = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the length
@@ -23,7 +22,7 @@ def rope_of(decoder: Config) -> Rope | None:
     parameters = getattr(decoder, "rope_parameters", None) or {}
     if parameters.get("rope_type") not in KINDS:
         return None
-    code = _modeling(decoder)
+    code = modeling_of(decoder)
     if code is None or not hasattr(code, "apply_rotary_pos_emb"):
         return None
     embeddings: list[Any] = [
@@ -43,17 +42,6 @@ def rope_of(decoder: Config) -> Rope | None:
         return None
     rope = Rope(inv_freq.detach().float().clone(), float(embedding.attention_scaling))
     return rope if _agrees(rope, embedding, code) else None
-
-
-def _modeling(decoder: Config) -> ModuleType | None:
-    """The module that holds the code of a config's model."""
-    name = type(decoder).__module__.replace("configuration_", "modeling_")
-    if name == type(decoder).__module__:
-        return None
-    try:
-        return sys.modules.get(name) or import_module(name)
-    except ImportError:
-        return None
 
 
 def _agrees(rope: Rope, embedding: Any, code: ModuleType) -> bool:

@@ -129,6 +129,10 @@ class StaticPackedLayer(PackedLayer):
 
     # --- storing and attending -----------------------------------------------------------------
 
+    def can_attend(self, q: Tensor) -> bool:
+        """Whether `attend` serves queries: a step stores its tokens before."""
+        return super().can_attend(q) or q.shape[2] <= self.paged.step_tokens
+
     def attend(
         self, module: torch.nn.Module, q: Tensor, mask: Tensor | None, scale: float, **options: Any
     ) -> Tensor:

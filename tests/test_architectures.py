@@ -1,0 +1,182 @@
+"""With unquantized pages, models of every architecture that was tried compute what they always do.
+
+Tiny ones with random weights; the sizes that a config cannot do without stand beside its name.
+"""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from bitkv.integrations.transformers import PackedCache
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GPT2 = {"n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 1024}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+ROUTED = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LINEAR = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+MAMBA = {"num_hidden_layers": 4, "mamba_n_heads": 8, "mamba_d_head": 16}
+MIXED = {"num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+ARCHITECTURES = {
+    "apertus": {},
+    "arcee": {},
+    "bamba": MAMBA | {"attn_layer_indices": [1, 3], "mamba_n_groups": 1, "mamba_d_state": 16},
+    "biogpt": {},
+    "bitnet": {},
+    "bloom": {},
+    "codegen": GPT2 | {"rotary_dim": 8},
+    "cohere": {},
+    "cohere2": MIXED | {"sliding_window": 32},
+    "diffllama": {},
+    "doge": {},
+    "dots1": ROUTED | {"n_shared_experts": 1},
+    "ernie4_5": {},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
+    "exaone4": MIXED,
+    "falcon": {},
+    "falcon_h1": {},
+    "flex_olmo": EXPERTS,
+    "gemma": {},
+    "gemma2": MIXED | {"head_dim": 16, "sliding_window": 32},
+    "gemma3_text": MIXED | {"head_dim": 16, "sliding_window": 32},
+    "gemma3n_text": {
+        "num_hidden_layers": 10,
+        "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 2,
+        "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": 160,
+        "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.0] * 10,
+        "head_dim": 16,
+    },
+    "gemma4_text": MIXED
+    | {
+        "num_kv_shared_layers": 2,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "vocab_size_per_layer_input": 160,
+        "hidden_size_per_layer_input": 16,
+        "sliding_window": 32,
+    },
+    "glm": {"head_dim": 16},
+    "glm4": {"head_dim": 16},
+    "glm4_moe": ROUTED,
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2,
+    "gpt_neox": {},
+    "gptj": GPT2 | {"rotary_dim": 8},
+    "granite": {},
+    "granitemoe": {},
+    "granitemoehybrid": MAMBA
+    | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "helium": {"head_dim": 16},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "jamba": {
+        "num_hidden_layers": 4,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_experts": 2,
+        "use_mamba_kernels": False,
+    },
+    "lfm2": {},
+    "llama": {},
+    "llama4_text": {"num_hidden_layers": 4},
+    "ministral3": {},
+    "mistral": {"sliding_window": None},
+    "mixtral": {},
+    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
+    "nanochat": {},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmo3": MIXED,
+    "olmoe": EXPERTS,
+    "opt": {},
+    "persimmon": {},
+    "phi": {},
+    "phi3": {},
+    "phimoe": {},
+    "qwen2": {},
+    "qwen2_moe": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_5_text": LINEAR,
+    "qwen3_moe": {"head_dim": 16},
+    "qwen3_next": LINEAR | EXPERTS | {"shared_expert_intermediate_size": 32},
+    "seed_oss": {},
+    "smollm3": {},
+    "solar_open": {},
+    "stablelm": {},
+    "starcoder2": {},
+    "vaultgemma": {"head_dim": 16},
+    "xglm": {},
+}
+OWN_CODE = {
+    "bloom",
+    "codegen",
+    "falcon",
+    "gptj",
+    "xglm",
+}  # for attention, which is not asked for by name
+NOT_PACKED = {"falcon_h1"}  # attention and a state in one layer
+RECIPE = "Recipe(Unquantized(), Unquantized(), num_sink_tokens=4, recent_tokens=16, page_size=64)"
+
+
+@pytest.mark.filterwarnings("ignore:.*(in its own code|bitkv packs none)")
+@pytest.mark.parametrize("mode", ["plain", "left-padded", "static"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logits_are_those_of_the_stock_cache(name, mode):
+    if (name, mode) == ("doge", "static"):
+        pytest.skip("its own code makes masks that do not fit a static cache")
+    config = AutoConfig.for_model(name, **(SIZES | ARCHITECTURES[name]))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompt = torch.randint(1, 160, (2 if mode == "left-padded" else 1, 200))
+    mask = torch.ones_like(prompt)
+    mask[1:, :70] = 0
+
+    def logits(cache):
+        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+        options |= {"past_key_values": cache, "max_new_tokens": 6}
+        return torch.cat(model.generate(prompt * mask, attention_mask=mask, **options).logits)
+
+    expected = logits(DynamicCache(config=config))
+    cache = PackedCache(config, RECIPE, max_cache_len=256 if mode == "static" else None)
+    torch.testing.assert_close(logits(cache), expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+    is_packed = any(layer.usage.page_bytes for layer in cache.paged.layers if layer.lengths)
+    assert is_packed == (name not in NOT_PACKED)
+
+
+@pytest.mark.parametrize("name", sorted(OWN_CODE))
+def test_attention_in_a_models_own_code_is_warned_of(name):
+    config = AutoConfig.for_model(name, **(SIZES | ARCHITECTURES[name]))
+    with pytest.warns(UserWarning, match=rf"^{name} computes attention in its own code: bitkv packs"):
+        PackedCache(config, RECIPE)
+
+
+def test_a_model_none_of_whose_layers_is_packed_is_warned_of():
+    config = AutoConfig.for_model("mistral", **(SIZES | {"sliding_window": 32}))
+    with pytest.warns(UserWarning, match=r"^no layer of mistral has full attention and nothing else; "):
+        PackedCache(config, RECIPE)
