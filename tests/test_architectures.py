@@ -5,7 +5,7 @@ Tiny ones with random weights; the sizes that a config cannot do without stand b
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
 
 from bitkv.integrations.transformers import PackedCache
 
@@ -108,7 +108,6 @@ ARCHITECTURES = {
     "ministral3": {},
     "mistral": {"sliding_window": None},
     "mixtral": {},
-    "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
     "nanochat": {},
     "nemotron": {},
     "olmo": {},
@@ -134,6 +133,33 @@ ARCHITECTURES = {
     "vaultgemma": {"head_dim": 16},
     "xglm": {},
 }
+IMAGE = 150  # the token that stands for a part of an image
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 14,
+}
+PARTS = {"image_token_index": IMAGE, "image_token_id": IMAGE}
+WITH_IMAGES = {
+    "gemma3": {
+        "text_config": SIZES | MIXED | {"head_dim": 16, "sliding_window": 32},
+        "vision_config": TOWER,
+        "mm_tokens_per_image": 4,
+    },
+    "llava": {
+        "text_config": SIZES | {"model_type": "llama"},
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "projection_dim": 64},
+        "vision_feature_layer": -1,
+    },
+    "paligemma": {
+        "text_config": SIZES | {"head_dim": 16, "model_type": "gemma"},
+        "vision_config": TOWER | {"model_type": "siglip_vision_model"},
+        "projection_dim": 64,
+    },
+}
 OWN_CODE = {
     "bloom",
     "codegen",
@@ -143,6 +169,16 @@ OWN_CODE = {
 }  # for attention, which is not asked for by name
 NOT_PACKED = {"falcon_h1"}  # attention and a state in one layer
 RECIPE = "Recipe(Unquantized(), Unquantized(), num_sink_tokens=4, recent_tokens=16, page_size=64)"
+
+
+def logits_of(model, prompt, mask, cache, **inputs) -> torch.Tensor:
+    options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    options |= {"past_key_values": cache, "max_new_tokens": 6}
+    return torch.cat(model.generate(prompt * mask, attention_mask=mask, **options, **inputs).logits)
+
+
+def assert_close(got, expected) -> None:
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
 
 
 @pytest.mark.filterwarnings("ignore:.*(in its own code|bitkv packs none)")
@@ -157,16 +193,27 @@ def test_logits_are_those_of_the_stock_cache(name, mode):
     mask = torch.ones_like(prompt)
     mask[1:, :70] = 0
 
-    def logits(cache):
-        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
-        options |= {"past_key_values": cache, "max_new_tokens": 6}
-        return torch.cat(model.generate(prompt * mask, attention_mask=mask, **options).logits)
-
-    expected = logits(DynamicCache(config=config))
+    expected = logits_of(model, prompt, mask, DynamicCache(config=config))
     cache = PackedCache(config, RECIPE, max_cache_len=256 if mode == "static" else None)
-    torch.testing.assert_close(logits(cache), expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+    assert_close(logits_of(model, prompt, mask, cache), expected)
     is_packed = any(layer.usage.page_bytes for layer in cache.paged.layers if layer.lengths)
     assert is_packed == (name not in NOT_PACKED)
+
+
+@pytest.mark.parametrize("name", WITH_IMAGES)
+def test_images_in_a_prompt_may_look_ahead(name):
+    config = AutoConfig.for_model(name, **(PARTS | WITH_IMAGES[name]))
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    prompt = torch.randint(1, 140, (1, 200))
+    prompt[:, 20:24] = IMAGE
+    images = {"pixel_values": torch.randn(1, 3, 28, 28)}
+    if name != "llava":
+        images["token_type_ids"] = (prompt == IMAGE).long()
+    mask = torch.ones_like(prompt)
+    expected = logits_of(model, prompt, mask, DynamicCache(config=config), **images)
+    cache = PackedCache(config, RECIPE)
+    assert_close(logits_of(model, prompt, mask, cache, **images), expected)
+    assert cache.paged.usage.page_bytes
 
 
 @pytest.mark.parametrize("name", sorted(OWN_CODE))

@@ -33,7 +33,7 @@ ARCHITECTURES = {
     "Llama": {},
     "Qwen2": {},
     "Qwen3": {"head_dim": 64},
-    "Mistral": WINDOW,
+    "Mistral": {"sliding_window": None},
     "Gemma2": {**WINDOW, **MIXED, "head_dim": 64},  # a soft cap on scores
     "Gemma3": {**WINDOW, **MIXED, "head_dim": 64},
     "Gemma4": {  # heads of two widths, and layers that share the cache of earlier ones
@@ -414,15 +414,39 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(case):
     assert str(error.value) == sentence
 
 
-def test_masks_other_than_causal_with_padding_are_refused():
-    model = build()
+def test_a_prompt_may_look_ahead_as_images_do():
+    model, prompt = build(), repetitive_prompt()
+    mask = torch.ones(1, 1, 250, 250, dtype=torch.bool).tril()
+    mask[..., 30:60, 30:60] = True
+    with torch.no_grad():
+        for cache in (stock := DynamicCache(), PackedCache(model.config, "fp16")):
+            first = model(prompt.ids, attention_mask=mask, past_key_values=cache).logits
+            then = model(prompt.ids[:, :1], past_key_values=cache).logits
+            if cache is stock:
+                expected = first, then
+    torch.testing.assert_close(first, expected[0])
+    torch.testing.assert_close(then, expected[1])
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False])
+def test_masks_other_than_causal_with_padding_are_refused(exact_prefill):
+    model, ids = build(), torch.arange(2, 8)[None]
+    cache = PackedCache(model.config, "fp16", exact_prefill=exact_prefill)
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)  # bidirectional
+    with torch.no_grad():
+        if exact_prefill:
+            model(ids, attention_mask=mask, past_key_values=cache)
+            mask = torch.ones(1, 1, 6, 12, dtype=torch.bool)  # in a later chunk
+        with pytest.raises(ValueError, match="bitkv attends causally with padding only"):
+            model(ids, attention_mask=mask, past_key_values=cache)
+
+
+def test_a_prompt_whose_last_token_sees_less_than_others_is_refused():
+    model, mask = build(), torch.ones(1, 1, 6, 6, dtype=torch.bool).tril()
+    mask[..., 5, 2] = False
+    cache = PackedCache(model.config, "fp16")
     with pytest.raises(ValueError, match="bitkv attends causally with padding only"):
-        model(
-            torch.arange(2, 8)[None],
-            attention_mask=mask,
-            past_key_values=PackedCache(model.config, "fp16"),
-        )
+        model(torch.arange(2, 8)[None], attention_mask=mask, past_key_values=cache)
 
 
 def test_a_mask_that_hides_stored_tokens_later_is_refused():

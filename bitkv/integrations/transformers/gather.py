@@ -139,8 +139,8 @@ def _recording(model: Any, layers: set[int]) -> Iterator[dict[int, Recorded]]:
     decoder = decoder_config(model.config)
     if not asks_by_name(decoder):
         raise ValueError(
-            f"{decoder.model_type} computes attention in its own code, where bitkv cannot look on; use a "
-            "recipe that need not learn"
+            f"{decoder.model_type} computes attention in its own code, where bitkv cannot look on; use "
+            "a recipe that need not learn"
         )
     AttentionInterface.register(NAME, forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -216,11 +216,13 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         is_first = self.length == k.shape[2]
         if is_first and self.layer_idx == 0:
             check_calibration(self.cache.recipe, module)
-        real = self.masks.real_columns(mask, self.columns, self.length, k.shape[2], k.shape[0])
+        is_exact = is_first and self.exact_prefill and softcap is None
+        shape = self.length, k.shape[2], k.shape[0]
+        real = self.masks.real_columns(mask, self.columns, *shape, as_masked=is_exact)
         positions = self._positions(real, q.shape[2])
         self._store_columns(real, k)
         self._pending, self._was_attended = None, True
-        if is_first and self.exact_prefill and softcap is None:
+        if is_exact:
             mask = None if mask is None else mask[..., : self.length]
             out = stock_attention(module, q, k, v, mask, scaling=scale, **options)
             self.paged.append(k, v, real)

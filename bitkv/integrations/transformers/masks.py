@@ -17,7 +17,14 @@ class MaskReader:
         self._real: Tensor | None = None
 
     def real_columns(
-        self, mask: Tensor | None, columns: Tensor | None, length: int, new: int, batch: int
+        self,
+        mask: Tensor | None,
+        columns: Tensor | None,
+        length: int,
+        new: int,
+        batch: int,
+        *,
+        as_masked: bool = False,
     ) -> Tensor | None:
         """Which of the `new` columns are real tokens, bool `[B, new]`; None if all of them are.
 
@@ -25,6 +32,8 @@ class MaskReader:
             mask: bool (true: attend) or additive, `[B, 1, new, length]`, or wider, as for a static
                 cache, with what lies beyond hidden; None is causal.
             columns: bool `[B, length - new]`, the earlier columns; None if all are real.
+            as_masked: these are a prompt's first columns, and attend to one another as the mask says:
+                tokens of an image may see later ones. Whatever comes after sees what the last one sees.
 
         Raises:
             ValueError: a mask that is not causal with padding, or contradicts `columns`.
@@ -32,7 +41,7 @@ class MaskReader:
         if mask is None:
             return None
         if self._mask is None or self._mask() is not mask or self._length != length:
-            self._real = _read(mask, columns, length, new, batch)
+            self._real = _read(mask, columns, length, new, batch, as_masked)
             self._mask, self._length = weakref.ref(mask), length
         return self._real
 
@@ -58,18 +67,28 @@ def _allowed(mask: Tensor, batch: int, new: int) -> Tensor:
     return allowed.expand(batch, 1, new, -1)[:, 0]
 
 
-def _read(mask: Tensor, columns: Tensor | None, length: int, new: int, batch: int) -> Tensor | None:
+def _read(
+    mask: Tensor, columns: Tensor | None, length: int, new: int, batch: int, as_masked: bool
+) -> Tensor | None:
     every = _allowed(mask, batch, new)
     allowed = every[..., :length]
     # the newest query sees every real column, so what it does not see is padding
     visible = allowed[:, -1]
-    if bool(every[..., length:].any()) or not _is_causal(allowed, visible, columns, length):
+    fits = (
+        _is_last_widest(allowed, visible) if as_masked else _is_causal(allowed, visible, columns, length)
+    )
+    if bool(every[..., length:].any()) or not fits:
         raise ValueError(
             "bitkv attends causally with padding only, and this attention mask asks for something "
             "else; pass a 2D padding mask that keeps earlier columns as they were"
         )
     real = visible[:, -new:]
     return None if bool(real.all()) else real
+
+
+def _is_last_widest(allowed: Tensor, visible: Tensor) -> bool:
+    """Whether no query of a real token sees what the last one does not."""
+    return not bool((allowed & ~visible[:, None] & visible[:, :, None]).any())
 
 
 def _is_causal(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
