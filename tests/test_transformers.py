@@ -206,7 +206,7 @@ def test_a_crop_of_a_left_padded_batch_counts_columns():
     assert torch.equal(again, text)
 
 
-@pytest.mark.parametrize("name", ["Qwen3", "Gemma3"])
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma3", "Gemma4"])
 def test_a_saved_cache_continues_as_if_never_interrupted(name, tmp_path):
     model, prompt = build(name), padded_prompt()
     whole = prompt.generate(model, past_key_values=PackedCache(model.config, "kivi2"))

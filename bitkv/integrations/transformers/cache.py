@@ -123,6 +123,8 @@ class PackedCache(Cache):  # type: ignore[misc]
                 extra[f"{i}.length"] = torch.tensor(layer.length)
                 if layer.columns is not None:
                     extra[f"{i}.columns"] = layer.columns
+            elif type(layer).__name__ == "DummyLayer":  # of layers that share an earlier one's cache
+                continue
             elif type(layer) is not DynamicSlidingWindowLayer:
                 raise ValueError(f"layer {i} is a {type(layer).__name__}, which bitkv cannot save")
             elif layer.is_initialized:
