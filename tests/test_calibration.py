@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bitkv.calibration import Reading, TooLittleText, calibrate, read, write
 from bitkv.calibration.allocation import allocated
@@ -614,9 +614,40 @@ def test_fewer_bits_lose_more_and_none_lost_is_a_choice_too(saved_model, tokeniz
             assert losses == sorted(losses, reverse=True), (layer, site, name)
         assert [x.nbytes for x in half] == sorted(x.nbytes for x in half)
     elements = 64 * 64
-    best = frontier(found, elements=elements)[-1].recipe(recipes[0])
+    best = frontier(found, elements=elements)[-1].recipe(recipes[0], 2)
     assert best.value == Unquantized()
     assert best.page_size == 64
+
+
+def small(model_type, tokenizer, **sizes):
+    """A model with random weights, for texts of this tokenizer."""
+    sizes |= {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **sizes)).eval()
+
+
+def test_layers_that_are_not_packed_have_no_part_in_an_allocation(tokenizer):
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    model = small("gemma2", tokenizer, num_hidden_layers=3, layer_types=kinds, head_dim=32)
+    recipe = Recipe(Affine(1, "channel", 32), Affine(2, "token", 32), page_size=64)
+    found = sensitivities(Subject(model), [recipe], cut(tokenizer, TEXT, tokens=256, window=256))
+    assert [(x.layer, x.site) for x in found] == [(1, "key"), (1, "value")]
+    [best] = frontier(found, elements=64 * 32)
+    made = best.recipe(recipe, 3)
+    assert made.codecs(0) == made.codecs(2) == (Unquantized(), Unquantized())
+    assert made.codecs(1) == recipe.codecs(1)
+
+
+@pytest.mark.filterwarnings("ignore:gptj computes attention")
+def test_what_a_models_own_code_computes_cannot_be_learned_from(tokenizer):
+    model = small("gptj", tokenizer, n_embd=64, n_layer=2, n_head=4, n_positions=1024, rotary_dim=8)
+    with pytest.raises(
+        ValueError, match=r"^gptj computes attention in its own code, .* need not learn$"
+    ):
+        calibrate(model, tokenizer, [CQ], READING)
+    recipe = Recipe(Affine(1, "channel", 32), Affine(2, "token", "page"), page_size=64)
+    with pytest.raises(ValueError, match=r"; measure agreement and perplexity instead$"):
+        sensitivities(Subject(model), [recipe], cut(tokenizer, TEXT, tokens=256, window=256))
 
 
 # --- the command line --------------------------------------------------------------------------
@@ -681,6 +712,22 @@ def test_tune_writes_a_recipe_file_where_something_is(capsys, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert as_recipe(str(path)).calibration is not None
+
+
+@pytest.mark.filterwarnings("default:gptj computes attention")
+def test_a_warning_is_a_line_that_comes_once(capsys, saved_model, tokenizer, tmp_path):
+    sizes = {"n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 1024, "rotary_dim": 8}
+    small("gptj", tokenizer, **sizes).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    code, _, err = run(
+        capsys, "generate", tmp_path, "--prompt", "x", "--recipe", "fp16", "--max-new-tokens", 2
+    )
+    assert code == 0, err
+    lines = [line for line in err.splitlines() if "gptj" in line]
+    assert lines == [
+        "bitkv: warning: gptj computes attention in its own code: bitkv packs its cache, and unpacks "
+        "all of it at every step"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from bitkv.evaluation.agreement import kl_divergence
 from bitkv.evaluation.fidelity import fidelity
 from bitkv.evaluation.protocols import Protocol, Subject, Windows, next_token_logits
 from bitkv.evaluation.report import Fidelity
+from bitkv.integrations.transformers.cache import PackedCache, decoder_config
 from bitkv.pages import Site
 from bitkv.recipe import Calibration, Recipe
 
@@ -47,7 +48,7 @@ def sensitivities(
     *,
     advance: Callable[[], object] = lambda: None,
 ) -> list[Sensitivity]:
-    """Measure every layer under the key codec and the value codec of each recipe, once each codec.
+    """Measure each packed layer under the key codec and the value codec of each recipe, once each codec.
 
     Args:
         stock: the model without a recipe.
@@ -57,11 +58,14 @@ def sensitivities(
     expected = [next_token_logits(stock, ids, _PROTOCOL)[0] for ids in windows.ids]
     found: list[Sensitivity] = []
     seen: set[tuple[Site, Codec, int]] = set()
-    num_layers = stock.model.config.get_text_config(decoder=True).num_hidden_layers
+    config = stock.model.config
+    num_layers = decoder_config(config).num_hidden_layers
     for recipe in recipes:
         subject = Subject(stock.model, recipe, str(recipe), stock.model_name)
-        errors: Sequence[Fidelity] = fidelity(stock, [subject], windows)[0].result.layers  # type: ignore[union-attr]
-        for layer in range(num_layers):
+        layers = PackedCache(config, recipe).packed_layers
+        found_errors: Sequence[Fidelity] = fidelity(stock, [subject], windows)[0].result.layers  # type: ignore[union-attr]
+        errors = dict(zip(layers, found_errors, strict=True))
+        for layer in layers:
             for place, site in enumerate(SITES):
                 codec = recipe.codecs(layer)[place]
                 if (site, codec, layer) in seen:

@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 
 from bitkv.calibration.sensitivity import SITES, Sensitivity, of_pairs
-from bitkv.codecs import Codec
+from bitkv.codecs import Codec, Unquantized
 from bitkv.recipe import Calibration, Recipe
 
 Objective = Literal["kl", "error"]
@@ -41,12 +41,11 @@ class Allocation:
         codecs = [repr(x.codec) for x in self.choices]
         return {"bits": self.bits_per_element, "predicted": self.predicted, "codecs": codecs}
 
-    def recipe(self, base: Recipe, calibration: Calibration | None = None) -> Recipe:
-        """The recipe that this is, with the windows of `base`."""
-        pairs: list[tuple[Codec, Codec]] = [
-            (key.codec, value.codec)
-            for key, value in zip(self.choices[::2], self.choices[1::2], strict=True)
-        ]
+    def recipe(self, base: Recipe, num_layers: int, calibration: Calibration | None = None) -> Recipe:
+        """The recipe that this is, with the windows of `base`; other layers stay unquantized."""
+        pairs: list[tuple[Codec, Codec]] = [(Unquantized(), Unquantized())] * num_layers
+        for key, value in zip(self.choices[::2], self.choices[1::2], strict=True):
+            pairs[key.layer] = key.codec, value.codec
         origin = base if calibration is None else base.calibrated(calibration)
         return of_pairs(origin, pairs)
 

@@ -7,8 +7,11 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
 
 from bitkv.cli import bench, calibrate, evaluate, generate, recipes, tune
 
@@ -76,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(words)
     args.command = shlex.join(["bitkv", *words])
     try:
-        args.run(args)
+        with _warnings_as_lines():
+            args.run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -91,6 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _fail(str(error), BAD_INPUT)
     return 0
+
+
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    """What bitkv warns of is a line, once, as errors are; other packages' warnings stay as they are."""
+    package, seen, show = Path(__file__).parents[1], set[str](), warnings.showwarning
+
+    def as_line(message: Warning | str, category: type[Warning], filename: str, *rest: Any) -> None:
+        if category is not UserWarning or package not in Path(filename).parents:
+            show(message, category, filename, *rest)
+        elif str(message) not in seen:
+            seen.add(str(message))
+            print(f"bitkv: warning: {message}", file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = as_line  # type: ignore[assignment]
+        yield
 
 
 def _fail(message: str, code: int) -> int:

@@ -86,19 +86,20 @@ def run(args: argparse.Namespace) -> None:
 
     from bitkv.calibration.sensitivity import sensitivities
     from bitkv.calibration.tune import frontier, within
-    from bitkv.integrations.transformers.cache import head_dim_of, layer_config
+    from bitkv.integrations.transformers.cache import PackedCache, head_dim_of, layer_config
 
     stock, windows, recipes = _prepare(args, recipes, text, name)
     config = stock.model.config.get_text_config(decoder=True)
+    layers = PackedCache(stock.model.config, recipes[0]).packed_layers
     with progress_display() as progress:
-        total = 2 * config.num_hidden_layers * len(recipes)
+        total = 2 * len(layers) * len(recipes)
         task = progress.add_task("layers × codecs", total=total)
         measured = sensitivities(stock, recipes, windows, advance=lambda: progress.advance(task))
-    elements = recipes[0].page_size * head_dim_of(layer_config(config, 0))
+    elements = recipes[0].page_size * head_dim_of(layer_config(config, layers[0]))
     allocations = frontier(measured, elements=elements, objective=args.objective)
     chosen = within(allocations, args.bits)
     _report(allocations, chosen)
-    _write(args, allocations, chosen, recipes)
+    _write(args, allocations, chosen, recipes, config.num_hidden_layers)
 
 
 def _recipes(args: argparse.Namespace) -> "list[Recipe]":
@@ -173,13 +174,14 @@ def _write(
     allocations: "Sequence[Allocation]",
     chosen: "Allocation",
     recipes: "Sequence[Recipe]",
+    num_layers: int,
 ) -> None:
     from bitkv.calibration import write
     from bitkv.calibration.picture import draw
     from bitkv.files import replacing, write_json
 
     calibrations = [x.calibration for x in recipes if x.calibration]
-    recipe = chosen.recipe(recipes[0], calibrations[0] if calibrations else None)
+    recipe = chosen.recipe(recipes[0], num_layers, calibrations[0] if calibrations else None)
     if args.output and recipe.calibration is not None:
         write(recipe, args.output)
     elif args.output:

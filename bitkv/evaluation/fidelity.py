@@ -44,6 +44,11 @@ def capture(stock: Subject, ids: Tensor) -> list[Captured]:
         cache = PackedCache(stock.model.config, "fp16", exact_prefill=False, backend=_RECORDER)
         stock.model(ids[None].to(stock.model.device), past_key_values=cache, use_cache=True)
     filled = [(i, layer) for i, layer in enumerate(cache.paged.layers) if not layer.is_empty]
+    if len(requests) != len(filled):
+        raise ValueError(
+            f"{stock.model.config.model_type} computes attention in its own code, where bitkv cannot "
+            "look on; measure agreement and perplexity instead"
+        )
     return [
         Captured(i, *layer.materialize(), request, attend(request)[0])
         for (i, layer), request in zip(filled, requests, strict=True)

@@ -70,7 +70,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
-    """The model in evaluation mode, with SDPA attention.
+    """The model in evaluation mode, with the attention that Transformers gives it: SDPA where it can.
 
     Args:
         dtype: one of `bitkv.generation.request.DTYPES`; "auto" is the checkpoint's own.
@@ -83,7 +83,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "auto") -> Any:
         raise ValueError(f"no dtype {dtype!r}; choose from {', '.join(DTYPES)}")
     target = find_device(device)
     with _explained(name):
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     return model.to(target).eval()
 
 

@@ -100,6 +100,11 @@ class PackedCache(Cache):  # type: ignore[misc]
         return self.paged.recipe
 
     @property
+    def packed_layers(self) -> list[int]:
+        """The layers that bitkv keeps; Transformers keeps the others."""
+        return [i for i, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
+
+    @property
     def nbytes(self) -> int:
         """Allocated bytes of all layers, those Transformers keeps included."""
         others = (x for layer in self._other_layers() for x in (layer.keys, layer.values))
