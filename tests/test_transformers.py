@@ -414,29 +414,45 @@ def test_what_cannot_be_served_is_refused_with_a_sentence(case):
     assert str(error.value) == sentence
 
 
-def test_a_prompt_may_look_ahead_as_images_do():
-    model, prompt = build(), repetitive_prompt()
-    mask = torch.ones(1, 1, 250, 250, dtype=torch.bool).tril()
-    mask[..., 30:60, 30:60] = True
-    with torch.no_grad():
-        for cache in (stock := DynamicCache(), PackedCache(model.config, "fp16")):
-            first = model(prompt.ids, attention_mask=mask, past_key_values=cache).logits
-            then = model(prompt.ids[:, :1], past_key_values=cache).logits
-            if cache is stock:
-                expected = first, then
-    torch.testing.assert_close(first, expected[0])
-    torch.testing.assert_close(then, expected[1])
+@pytest.mark.parametrize("exact_prefill", [True, False])
+@pytest.mark.parametrize("pads", [(0,), (0, 70)])
+def test_tokens_may_look_ahead_as_those_of_images_do(exact_prefill, pads):
+    model, prompt = build(), padded_prompt(pads)
+    causal = torch.ones(250, 250, dtype=torch.bool).tril()
+    causal[30:60, 30:60] = causal[180:240, 180:240] = True
+    mask = causal & prompt.mask[:, None, None].bool()
+    chunks = [slice(0, 160), slice(160, 250)]
+
+    def logits(cache):
+        with torch.no_grad():
+            return [
+                model(
+                    prompt.ids[:, x], attention_mask=mask[:, :, x, : x.stop], past_key_values=cache
+                ).logits
+                for x in chunks
+            ]
+
+    cache = PackedCache(model.config, "fp16", exact_prefill=exact_prefill)
+    for mine, theirs, x in zip(logits(cache), logits(DynamicCache()), chunks, strict=True):
+        real = prompt.mask[:, x].bool()
+        torch.testing.assert_close(mine[real], theirs[real], rtol=1e-3, atol=1e-3)
+
+
+def holes(rows: int, columns: int) -> torch.Tensor:
+    """Causal, but only the last token sees the third."""
+    mask = torch.ones(rows, columns, dtype=torch.bool).tril(columns - rows)
+    mask[:-1, 2] = False
+    return mask[None, None]
 
 
 @pytest.mark.parametrize("exact_prefill", [True, False])
 def test_masks_other_than_causal_with_padding_are_refused(exact_prefill):
     model, ids = build(), torch.arange(2, 8)[None]
     cache = PackedCache(model.config, "fp16", exact_prefill=exact_prefill)
-    mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)  # bidirectional
     with torch.no_grad():
-        if exact_prefill:
-            model(ids, attention_mask=mask, past_key_values=cache)
-            mask = torch.ones(1, 1, 6, 12, dtype=torch.bool)  # in a later chunk
+        if exact_prefill:  # a prompt attends as its mask says
+            model(ids, attention_mask=holes(6, 6), past_key_values=cache)
+        mask = holes(6, 12 if exact_prefill else 6)
         with pytest.raises(ValueError, match="bitkv attends causally with padding only"):
             model(ids, attention_mask=mask, past_key_values=cache)
 

@@ -218,8 +218,7 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
             check_calibration(self.cache.recipe, module)
         is_exact = is_first and self.exact_prefill and softcap is None
         shape = self.length, k.shape[2], k.shape[0]
-        real = self.masks.real_columns(mask, self.columns, *shape, as_masked=is_exact)
-        positions = self._positions(real, q.shape[2])
+        real, positions = self.masks.read(mask, self.columns, *shape, as_masked=is_exact)
         self._store_columns(real, k)
         self._pending, self._was_attended = None, True
         if is_exact:
@@ -277,11 +276,3 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
         ones = torch.ones(batch, self.length, dtype=torch.bool, device=k.device)
         old = ones[:, :-new] if self.columns is None else self.columns
         self.columns = torch.cat([old, ones[:, -new:] if real is None else real], dim=1)
-
-    def _positions(self, real: Tensor | None, num_queries: int) -> Tensor | None:
-        """The last token each query sees; None for the plain causal case."""
-        if real is None:
-            return None
-        before = torch.tensor(self.paged.lengths or [0] * len(real), device=real.device)
-        own = before[:, None] + real[:, -num_queries:].cumsum(1) - 1
-        return own.masked_fill(~real, -1)

@@ -1,11 +1,25 @@
 """What an attention mask says about a cache: which columns of a padded batch are real tokens."""
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 _ROWS_AT_ONCE = 256
+
+
+class Columns(NamedTuple):
+    """What a mask says of new columns.
+
+    Args:
+        real: which are tokens, bool `[B, new]`; None if all are.
+        last: the last token of its sequence that each of them sees, int64 `[B, new]`, -1 for padding;
+            None if all are tokens and see as far as themselves.
+    """
+
+    real: Tensor | None = None
+    last: Tensor | None = None
 
 
 class MaskReader:
@@ -14,9 +28,9 @@ class MaskReader:
     def __init__(self) -> None:
         self._mask: weakref.ref[Tensor] | None = None
         self._length = 0
-        self._real: Tensor | None = None
+        self._read = Columns()
 
-    def real_columns(
+    def read(
         self,
         mask: Tensor | None,
         columns: Tensor | None,
@@ -25,25 +39,26 @@ class MaskReader:
         batch: int,
         *,
         as_masked: bool = False,
-    ) -> Tensor | None:
-        """Which of the `new` columns are real tokens, bool `[B, new]`; None if all of them are.
+    ) -> Columns:
+        """What a mask says of the `new` columns.
 
         Args:
             mask: bool (true: attend) or additive, `[B, 1, new, length]`, or wider, as for a static
                 cache, with what lies beyond hidden; None is causal.
             columns: bool `[B, length - new]`, the earlier columns; None if all are real.
-            as_masked: these are a prompt's first columns, and attend to one another as the mask says:
-                tokens of an image may see later ones. Whatever comes after sees what the last one sees.
+            as_masked: these are a prompt's first columns, and attend to one another as the mask says.
+                Whatever comes after sees what the last one sees.
 
         Raises:
-            ValueError: a mask that is not causal with padding, or contradicts `columns`.
+            ValueError: a mask by which a token sees others than those up to some place, which is its own
+                or, as within an image, a later one; or that contradicts `columns`.
         """
         if mask is None:
-            return None
+            return Columns()
         if self._mask is None or self._mask() is not mask or self._length != length:
-            self._real = _read(mask, columns, length, new, batch, as_masked)
+            self._read = _read(mask, columns, length, new, batch, as_masked)
             self._mask, self._length = weakref.ref(mask), length
-        return self._real
+        return self._read
 
     def check_step(self, mask: Tensor | None, lengths: Tensor) -> None:
         """Refuse the mask `[B, 1, 1, N]` of a step if it shows other than all tokens, `lengths` `[B]`.
@@ -69,13 +84,13 @@ def _allowed(mask: Tensor, batch: int, new: int) -> Tensor:
 
 def _read(
     mask: Tensor, columns: Tensor | None, length: int, new: int, batch: int, as_masked: bool
-) -> Tensor | None:
+) -> Columns:
     every = _allowed(mask, batch, new)
     allowed = every[..., :length]
     # the newest query sees every real column, so what it does not see is padding
     visible = allowed[:, -1]
     fits = (
-        _is_last_widest(allowed, visible) if as_masked else _is_causal(allowed, visible, columns, length)
+        _is_last_widest(allowed, visible) if as_masked else _is_prefix(allowed, visible, columns, length)
     )
     if bool(every[..., length:].any()) or not fits:
         raise ValueError(
@@ -83,7 +98,11 @@ def _read(
             "else; pass a 2D padding mask that keeps earlier columns as they were"
         )
     real = visible[:, -new:]
-    return None if bool(real.all()) else real
+    last = allowed.sum(-1) - 1
+    if not bool(real.all()):
+        return Columns(real, last.masked_fill(~real, -1))
+    own = visible.cumsum(-1)[:, -new:] - 1
+    return Columns(None, None if torch.equal(last, own) else last)
 
 
 def _is_last_widest(allowed: Tensor, visible: Tensor) -> bool:
@@ -91,19 +110,23 @@ def _is_last_widest(allowed: Tensor, visible: Tensor) -> bool:
     return not bool((allowed & ~visible[:, None] & visible[:, :, None]).any())
 
 
-def _is_causal(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
+def _is_prefix(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
+    """Whether earlier columns are as they were, and each token sees the real ones up to some place not
+    before its own.
+    """
     new = allowed.shape[1]
     if allowed.shape[2] != length:
         return False
     old = visible[:, : length - new]
     if not torch.equal(old, torch.ones_like(old) if columns is None else columns):
         return False
-    column = torch.arange(length, device=visible.device)
+    rank = visible.cumsum(-1)  # of real columns, from 1
     for start in range(0, new, _ROWS_AT_ONCE):
         rows = allowed[:, start : start + _ROWS_AT_ONCE]
-        own = column[length - new + start :][: rows.shape[1]]
-        expected = visible[:, None] & (column <= own[:, None])
-        # rows of padding queries may hold anything
-        if not bool(((rows == expected) | ~visible[:, own, None]).all()):
+        own = slice(length - new + start, length - new + start + rows.shape[1])
+        reach = rows.sum(-1)
+        expected = visible[:, None] & (rank[:, None] <= reach[..., None])
+        fits = (rows == expected).all(-1) & (reach >= rank[:, own])
+        if not bool((fits | ~visible[:, own]).all()):  # rows of padding queries may hold anything
             return False
     return True
