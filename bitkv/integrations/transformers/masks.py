@@ -107,7 +107,9 @@ def _read(
 
 def _is_last_widest(allowed: Tensor, visible: Tensor) -> bool:
     """Whether no query of a real token sees what the last one does not."""
-    return not bool((allowed & ~visible[:, None] & visible[:, :, None]).any())
+    hidden = ~visible[:, None]
+    beyond = [(rows & hidden).any(-1) for rows in torch.split(allowed, _ROWS_AT_ONCE, dim=1)]
+    return not bool((torch.cat(beyond, dim=1) & visible).any())
 
 
 def _is_prefix(allowed: Tensor, visible: Tensor, columns: Tensor | None, length: int) -> bool:
