@@ -3,6 +3,8 @@
 Tiny ones with random weights; the sizes that a config cannot do without stand beside its name.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, DynamicCache
@@ -227,3 +229,8 @@ def test_a_model_none_of_whose_layers_is_packed_is_warned_of():
     config = AutoConfig.for_model("mistral", **(SIZES | {"sliding_window": 32}))
     with pytest.warns(UserWarning, match=r"^no layer of mistral has full attention and nothing else; "):
         PackedCache(config, RECIPE)
+
+
+def test_the_readme_counts_them():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"[{len(ARCHITECTURES)} architectures](tests/test_architectures.py)" in readme
