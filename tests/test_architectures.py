@@ -60,7 +60,6 @@ ARCHITECTURES = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32},
     "exaone4": MIXED,
     "falcon": {},
-    "falcon_h1": {},
     "flex_olmo": EXPERTS,
     "gemma": {},
     "gemma2": MIXED | {"head_dim": 16, "sliding_window": 32},
@@ -162,14 +161,8 @@ WITH_IMAGES = {
         "projection_dim": 64,
     },
 }
-OWN_CODE = {
-    "bloom",
-    "codegen",
-    "falcon",
-    "gptj",
-    "xglm",
-}  # for attention, which is not asked for by name
-NOT_PACKED = {"falcon_h1"}  # attention and a state in one layer
+# they compute attention in code of their own, instead of asking for it by name
+OWN_CODE = ("bloom", "codegen", "falcon", "gptj", "xglm")
 RECIPE = "Recipe(Unquantized(), Unquantized(), num_sink_tokens=4, recent_tokens=16, page_size=64)"
 
 
@@ -183,7 +176,7 @@ def assert_close(got, expected) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3 * expected.std().item())
 
 
-@pytest.mark.filterwarnings("ignore:.*(in its own code|bitkv packs none)")
+@pytest.mark.filterwarnings("ignore:.*in its own code")
 @pytest.mark.parametrize("mode", ["plain", "left-padded", "static"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logits_are_those_of_the_stock_cache(name, mode):
@@ -198,8 +191,7 @@ def test_logits_are_those_of_the_stock_cache(name, mode):
     expected = logits_of(model, prompt, mask, DynamicCache(config=config))
     cache = PackedCache(config, RECIPE, max_cache_len=256 if mode == "static" else None)
     assert_close(logits_of(model, prompt, mask, cache), expected)
-    is_packed = any(layer.usage.page_bytes for layer in cache.paged.layers if layer.lengths)
-    assert is_packed == (name not in NOT_PACKED)
+    assert cache.paged.usage.page_bytes
 
 
 @pytest.mark.parametrize("name", WITH_IMAGES)
@@ -218,17 +210,21 @@ def test_images_in_a_prompt_may_look_ahead(name):
     assert cache.paged.usage.page_bytes
 
 
-@pytest.mark.parametrize("name", sorted(OWN_CODE))
-def test_attention_in_a_models_own_code_is_warned_of(name):
+@pytest.mark.parametrize("name", OWN_CODE)
+def test_attention_in_a_models_own_code_is_warned_of_and_stays(name):
     config = AutoConfig.for_model(name, **(SIZES | ARCHITECTURES[name]))
+    before = config._attn_implementation
     with pytest.warns(UserWarning, match=rf"^{name} computes attention in its own code: bitkv packs"):
         PackedCache(config, RECIPE)
+    assert config._attn_implementation == before != "bitkv"
 
 
-def test_a_model_none_of_whose_layers_is_packed_is_warned_of():
-    config = AutoConfig.for_model("mistral", **(SIZES | {"sliding_window": 32}))
-    with pytest.warns(UserWarning, match=r"^no layer of mistral has full attention and nothing else; "):
-        PackedCache(config, RECIPE)
+@pytest.mark.parametrize(("name", "sizes"), [("mistral", {"sliding_window": 32}), ("falcon_h1", {})])
+def test_a_model_none_of_whose_layers_is_packed_is_warned_of(name, sizes):
+    config = AutoConfig.for_model(name, **(SIZES | sizes))
+    with pytest.warns(UserWarning, match=rf"^no layer of {name} has full attention and nothing else; "):
+        cache = PackedCache(config, RECIPE)
+    assert not cache.packed_layers
 
 
 def test_the_readme_counts_them():
