@@ -261,6 +261,7 @@ struct Plan {
   int tiles;  // of kRows rows
   int parts;  // of a sequence, attended separately and merged
   int part_size;
+  Pace pace;  // where there are no lookups
 
   const Turns* turns = nullptr;   // for keys before the rotary embedding
   const Angle* angles = nullptr;  // of the first page of each part
@@ -281,11 +282,17 @@ struct Plan {
     const int least = looks_up_keys ? 4 * kLeastPart : kLeastPart;  // which have tables to make first
     part_size = std::max(least, (longest + wanted - 1) / wanted);
     parts = (longest + part_size - 1) / part_size;
+    pace = pace_of(r, key.steps() + value.steps(), key.pauses() + value.pauses());
   }
 
   static Half half_of(const Side& side, const AttendRequest& r) {
     constexpr Part kNone{16, kLanes, kLanes, kLanes, false, DType::f16};
     return {side.has_codebook ? kNone : side.affine, r.lookups};
+  }
+  // For `steps` and `pauses` in a page's way, for as many rows as are multiplied at once.
+  Pace pace_of(const AttendRequest& r, int64_t steps, int pauses) const {
+    const int passes = (std::min(rows, kRows) + kMaxH - 1) / kMaxH;
+    return Pace::of(r.page_bytes() / 64, steps * passes, pauses * passes);
   }
   static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
   static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }
@@ -361,21 +368,22 @@ inline void add_float_values(const AttendRequest& r, const Queries& q, const uin
   });
 }
 
-// Scores of a page's keys; `ahead` is the distance to the page that comes next.
+// Scores of a page's keys; `fetch`: what comes next.
 inline void score_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
-                       const Angle& angle, ptrdiff_t ahead, float* scores, Scratch& s) {
+                       const Angle& angle, Fetch& fetch, float* scores, Scratch& s) {
   if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, scores, s);
-  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {scores, kTile, false}, ahead, s);
+  else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {scores, kTile, false}, fetch, s);
 }
 
 // From scores of a page, whose tokens are those from `first` on, to sums of its values.
 inline void add_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head, int64_t first,
-                     ptrdiff_t ahead, Scratch& s) {
+                     Fetch& fetch, Scratch& s) {
   const uint8_t* data = page + r.key.nbytes();
   const bool integers = !r.value.has_codebook && plan.value.is_integer();
+  fetch.pause();
   if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, s)) return;
   if (r.value.has_codebook) return add_float_values(r, q, data, head, s);
-  values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, ahead, s);
+  values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, fetch, s);
 }
 
 }  // namespace bitkv::BITKV_ISA
@@ -391,32 +399,40 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
                          Scratch& s) {
   const int32_t* table = r.block_table + int64_t(b) * r.table_width;
   const auto page = [&](int i) { return r.pages + (int64_t(table[i]) * r.kv_heads + head) * r.page_stride; };
-  const auto ahead = [&](int i, int by) { return i + by < end ? page(i + by) - page(i) : 0; };
   Angle angle;
   if (plan.turns) angle = plan.angles[part];
   int i = part * plan.part_size;
-  // the first page, which no other one fetches
-  for (size_t at = 0; i < end && at < r.page_bytes(); at += 64) prefetch(page(i) + at);
+  const auto fetch_pages = [&](int from, int count, const uint8_t** next, Pace pace) {
+    count = std::clamp(end - from, 0, count);
+    for (int p = 0; p < count; ++p) next[p] = page(from + p);
+    return Fetch(next, count, r.page_bytes(), pace);
+  };
+  const uint8_t* next[kTileTokens / 64];
+  fetch_pages(i, 1, next, plan.pace).rest();  // the first, which no other one fetches
 #if defined(BITKV_LOOKUP)
   if (plan.looks_up_keys || plan.looks_up_values) {
     LookupScratch& l = lookup_scratch();
     if (plan.looks_up_keys && !r.key.inv_freq && i < end) tabulate_rows(r.key, q, head, l);
     const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
+    const Pace pace = pace_of_lookups(r, plan, q, l);
     for (int n; i < end; i += n) {
       n = std::min(most, end - i);
       Tile tile;
       tile.pages = n, tile.page_size = r.page_size, tile.head = head;
       tile.first = r.num_sink_tokens + int64_t(i) * r.page_size;
-      for (int p = 0; p < n; ++p) tile.page[p] = page(i + p), tile.ahead[p] = ahead(i + p, n);
-      attend_tile(r, plan, q, tile, angle, s, l);
+      for (int p = 0; p < n; ++p) tile.page[p] = page(i + p);
+      Fetch fetch = fetch_pages(i + n, most, next, pace);
+      attend_tile(r, plan, q, tile, angle, fetch, s, l);
     }
   }
 #endif
   for (; i < end; ++i) {
     const int64_t first = r.num_sink_tokens + int64_t(i) * r.page_size;
     if (sees_any(r, q, first, r.page_size)) {
-      score_page(r, plan, q, page(i), head, angle, ahead(i, 1), s.scores[0], s);
-      add_page(r, plan, q, page(i), head, first, ahead(i, 1), s);
+      Fetch fetch = fetch_pages(i + 1, 1, next, plan.pace);
+      score_page(r, plan, q, page(i), head, angle, fetch, s.scores[0], s);
+      add_page(r, plan, q, page(i), head, first, fetch, s);
+      fetch.rest();
     }
     if (plan.turns) angle.next_page(*plan.turns);
   }

@@ -184,19 +184,6 @@ struct Codes {
   int page_size, vectors;
 };
 
-// The pages that come after a tile's, an equal share for each of its vectors: fetched bit by bit while values
-// are multiplied. All at once would have to wait for memory.
-struct Next {
-  const uint8_t* from[kTileVectors];
-  int step;  // bytes of a share for each pair of channels
-
-  [[gnu::always_inline]] void fetch(int vector, int pair) const {
-    const uint8_t* p = from[vector] + size_t(pair) * step;
-    prefetch(p);
-    for (int at = 64; at < step; at += 64) prefetch(p + at);
-  }
-};
-
 // A page's codes into a tile of bytes [groups][kTile].
 inline void copy_codes(const CodePart& part, const uint8_t* data, uint8_t* out) {
   for (int g = 0; g < part.groups(); ++g, out += kTile) {
@@ -283,9 +270,10 @@ struct ByteSums {
 
 // Scores of N vectors of tokens from vector `first` on, for H query rows in bytes.
 template <int N, int H>
-[[gnu::noinline]] void scan_rows(const Codes& codes, int groups, const RowTables* rows, int first, float* scores) {
+[[gnu::noinline]] void scan_rows(const Codes& codes, int groups, const RowTables* rows, int first, Fetch& fetch, float* scores) {
   ByteSums sums[H][N];
   for (int g = 0; g < groups; ++g) {
+    fetch.steps(N);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const Index index(load_v(codes.from[first + v] + g * codes.stride));
       repeat<H>([&](auto h) { sums[h][v].add(look_up(rows[h].bytes + g * kEntries, index)); });
@@ -302,11 +290,12 @@ template <int N, int H>
 
 // The same for one row in words.
 template <int N>
-[[gnu::noinline]] void scan_wide_row(const Codes& codes, int groups, const RowTables& row, int first, float* scores) {
+[[gnu::noinline]] void scan_wide_row(const Codes& codes, int groups, const RowTables& row, int first, Fetch& fetch, float* scores) {
   V low[N], high[N];
   repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
   for (int g = 0; g < groups; ++g) {
     const uint8_t* table = row.bytes + g * 2 * kEntries;
+    fetch.steps(N);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const Index index(load_v(codes.from[first + v] + g * codes.stride));
       const V h = look_up(table, index), l = look_up(table + kEntries, index);
@@ -325,15 +314,18 @@ inline void by_vectors(const Codes& codes, const Fn& scan) {
   for (; v < codes.vectors; ++v) scan(v, std::integral_constant<int, 1>());
 }
 
-inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, float* scores) {
+// How many of `count` rows go through a tile together.
+inline int rows_at_once(const RowTables* row, int count) { return count > 1 && !row[0].is_wide && !row[1].is_wide ? 2 : 1; }
+
+inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, Fetch& fetch, float* scores) {
   for (int i = 0; i < count;) {
     const RowTables* row = rows + i;
     float* out = scores + i * kTile;
-    const bool two = i + 1 < count && !row[0].is_wide && !row[1].is_wide;
-    if (two) by_vectors<4>(codes, [&](int v, auto n) { scan_rows<n(), 2>(codes, groups, row, v, out); });
-    else if (row->is_wide) by_vectors<8>(codes, [&](int v, auto n) { scan_wide_row<n()>(codes, groups, *row, v, out); });
-    else by_vectors<8>(codes, [&](int v, auto n) { scan_rows<n(), 1>(codes, groups, row, v, out); });
-    i += 1 + two;
+    const int at_once = rows_at_once(row, count - i);
+    if (at_once == 2) by_vectors<4>(codes, [&](int v, auto n) { scan_rows<n(), 2>(codes, groups, row, v, fetch, out); });
+    else if (row->is_wide) by_vectors<8>(codes, [&](int v, auto n) { scan_wide_row<n()>(codes, groups, *row, v, fetch, out); });
+    else by_vectors<8>(codes, [&](int v, auto n) { scan_rows<n(), 1>(codes, groups, row, v, fetch, out); });
+    i += at_once;
   }
 }
 
@@ -400,13 +392,14 @@ struct TurnedKeys {
 // sums[h][tokens] += channels i and i + pairs, turned, times those of queries, for pairs [first, last) and H rows from
 // `row` on.
 template <bool kFine, int H>
-[[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums) {
+[[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
   const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
   const size_t table = keys.tables.table_bytes;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
     const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    fetch.steps(last - first);
     V acc[H][4];
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
     for (int i = first; i < last;) {
@@ -516,14 +509,13 @@ inline V sums_of_sixteen(const V* x) {
 }
 
 // out[h][c] = entries of C neighbouring channels times H rows of bytes.
-template <int C, int H, bool kFetch>
-[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const Next& next, int pair, const uint8_t* table,
-                                                   size_t at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+template <int C, int H>
+[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const uint8_t* table, size_t at,
+                                                   const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
     const Index index(load_v(codes.from[v] + at));
-    if constexpr (kFetch) next.fetch(v, pair);
     V entry[C];
     repeat<C>([&](auto c) { entry[c] = look_up(table + c * 2 * kEntries, index); });
     repeat<H>([&](auto h) {
@@ -536,8 +528,8 @@ template <int C, int H, bool kFetch>
 
 // Sums of H rows of bytes over all channels into out[row of the bytes]; `part` 1 for the entries' low parts.
 template <int H>
-[[gnu::noinline]] void scan_values(const Codes& codes, const Next& next, const Tables& tables, int channels, const ByteRows& rows, int row,
-                                   int part, float* out, int stride) {
+[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
+                                   int part, Fetch& fetch, float* out, int stride) {
   V acc[H][kLanes];
   for (int c = 0; c < tables.width; c += kLanes) {
     for (int i = 0; i < kLanes;) {
@@ -546,11 +538,9 @@ template <int H>
       const size_t at = group * codes.stride;
       V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
       const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
-      const bool fetches = row == 0 && part == 0;
-      const int pair = (c + i) / 2;
-      if (two && fetches) multiply_values<2, H, true>(codes, next, pair, table, at, rows.bytes + row, to);
-      else if (two) multiply_values<2, H, false>(codes, next, pair, table, at, rows.bytes + row, to);
-      else multiply_values<1, H, true>(codes, next, pair, table, at, rows.bytes + row, to);
+      fetch.steps(codes.vectors);
+      if (two) multiply_values<2, H>(codes, table, at, rows.bytes + row, to);
+      else multiply_values<1, H>(codes, table, at, rows.bytes + row, to);
       i += 1 + two;
     }
     for (int h = 0; h < H; ++h) {
@@ -561,14 +551,14 @@ template <int H>
   }
 }
 
-inline void add_values(const Codes& codes, const Next& next, const Tables& tables, int channels, const ByteRows& rows,
+inline void add_values(const Codes& codes, Fetch& fetch, const Tables& tables, int channels, const ByteRows& rows,
                        float* out, int stride) {
   for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
     const int count = part ? rows.high : rows.count;  // low parts of both are too small to matter
     int row = 0;
-    for (; row + 4 <= count; row += 4) scan_values<4>(codes, next, tables, channels, rows, row, part, out, stride);
-    if (row + 2 <= count) { scan_values<2>(codes, next, tables, channels, rows, row, part, out, stride); row += 2; }
-    if (row < count) scan_values<1>(codes, next, tables, channels, rows, row, part, out, stride);
+    for (; row + 4 <= count; row += 4) scan_values<4>(codes, tables, channels, rows, row, part, fetch, out, stride);
+    if (row + 2 <= count) { scan_values<2>(codes, tables, channels, rows, row, part, fetch, out, stride); row += 2; }
+    if (row < count) scan_values<1>(codes, tables, channels, rows, row, part, fetch, out, stride);
   }
 }
 

@@ -9,6 +9,8 @@
 //
 // No include guard: each isa_*.cpp includes this once, after its simd header.
 
+#include "fetch.h"
+
 namespace bitkv::BITKV_ISA {
 
 constexpr int kRows = 32;      // query rows that share a pass over a page
@@ -39,16 +41,6 @@ inline void by_rows(int rows, const Fn& fn) {
   if (row < rows) fn(row, std::integral_constant<int, 1>());
 }
 
-// Into the second-level cache: a page and the next do not fit in the first together. In assembly where it can be,
-// because GCC moves its own away from where it was asked for.
-inline void prefetch(const void* p) {
-#if defined(__x86_64__)
-  asm volatile("prefetcht1 %0" ::"m"(*static_cast<const char*>(p)));
-#else
-  __builtin_prefetch(p, 0, 2);
-#endif
-}
-
 // The scales of a row of columns.
 struct ColumnScales {
   const uint16_t* scale;
@@ -77,6 +69,9 @@ struct Half {
   ColumnScales of_columns(const uint8_t* data, int g) const { return {scales(data) + g * columns, zeros(data) + g * columns}; }
   // whether sums over its columns are those of integers
   bool is_integer() const { return !is_raw && bits < 8; }
+  // how often the loops over its codes, for up to kMaxH rows, and what lies between them ask for more to be fetched
+  int steps() const { return int(scales_at / 64); }
+  int pauses() const { return is_integer() ? groups + 1 : 0; }
 };
 
 // Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns.
@@ -295,14 +290,12 @@ inline void round_rows(const float* x, int stride, int columns, ColumnScales of,
 // acc[r][h] += codes of R blocks * numbers of H rows, over `vectors` vectors of a block.
 template <int BITS, bool kPositive, int H, int R>
 [[gnu::always_inline]] inline void multiply(I (&acc)[R][H], const uint8_t* codes, size_t block_bytes,
-                                            int vectors, const int8_t* numbers, ptrdiff_t ahead) {
+                                            int vectors, const int8_t* numbers, Fetch& fetch) {
   constexpr uint8_t kMask = (1 << BITS) - 1;
   for (int v = 0; v < vectors; ++v) {
     B word[R];
-    repeat<R>([&](auto r) {
-      word[r] = load_bytes(codes + r * block_bytes + v * 64);
-      prefetch(codes + (v * R + r) * 64 + ahead);  // in the order of memory, which the hardware goes on with
-    });
+    repeat<R>([&](auto r) { word[r] = load_bytes(codes + r * block_bytes + v * 64); });
+    if (v % 2 == 0) fetch.steps(R * std::min(2, vectors - v));
 #pragma GCC unroll 1
     for (int at = 0; at < 8 / BITS; ++at, numbers += 4) {
       B code[R];
@@ -348,7 +341,7 @@ template <int H, int R>
 // columns are kMaxH further on.
 template <int BITS, bool kPositive, bool kFine, int H, int R>
 inline void byte_sums(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
-                      const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
+                      const float* unit, const float* offset, Result out, Fetch& fetch) {
   int block = first;
   for (; block + R <= last; block += R) {
     const uint8_t* codes = data + block * part.block_bytes;
@@ -360,7 +353,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
       for (int v = 0, b = 0; v < part.vectors; v += kVectors, ++b) {
         repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
         multiply<BITS, kPositive, H, R>(acc, codes + v * 64, part.block_bytes, std::min(kVectors, part.vectors - v),
-                                        numbers + b * kUnitColumns, ahead + (R - 1) * v * 64);
+                                        numbers + b * kUnitColumns, fetch);
         repeat<R>([&](auto r) {
           repeat<H>([&](auto h) { sums[r][h] = fma(to_float(acc[r][h]), set(unit[b * kMaxH + h]), sums[r][h]); });
         });
@@ -368,7 +361,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
       repeat<R>([&](auto r) { repeat<H>([&](auto h) { out.put(h, block + r, sums[r][h]); }); });
     } else {
       repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
-      multiply<BITS, kPositive, H, R>(acc, codes, part.block_bytes, part.vectors, numbers, ahead);
+      multiply<BITS, kPositive, H, R>(acc, codes, part.block_bytes, part.vectors, numbers, fetch);
       if constexpr (BITS == 1) {
         if (part.tail) repeat<R>([&](auto r) { multiply_tail<kPositive, H>(acc[r], part, data, block + r, numbers); });
       }
@@ -376,7 +369,7 @@ inline void byte_sums(const Half& part, const uint8_t* data, int first, int last
     }
   }
   if constexpr (R > 1) {
-    if (block < last) byte_sums<BITS, kPositive, kFine, H, R / 2>(part, data, block, last, numbers, unit, offset, out, ahead);
+    if (block < last) byte_sums<BITS, kPositive, kFine, H, R / 2>(part, data, block, last, numbers, unit, offset, out, fetch);
   }
 }
 
@@ -388,12 +381,12 @@ constexpr int blocks_at_once(int h, int most) { return std::max(1, std::min(most
 // nibble for a quad of columns at a time. kPairs: two entries fit in a byte and are added there.
 template <bool kPairs, bool kPositive, int H, int R>
 [[gnu::always_inline]] inline void look_up(I (&acc)[R][H], const uint8_t* codes, size_t block_bytes, int vectors,
-                                           const uint8_t* tables, ptrdiff_t ahead) {
+                                           const uint8_t* tables, Fetch& fetch) {
   for (int v = 0; v < vectors; ++v, tables += 128) {
     B low[R], high[R];
+    fetch.steps(R);
     repeat<R>([&](auto r) {
       const B word = load_bytes(codes + r * block_bytes + v * 64);
-      prefetch(codes + (v * R + r) * 64 + ahead);
       low[r] = entries(word);
       high[r] = entries(shifted<4>(word));
     });
@@ -432,43 +425,36 @@ inline void fill_tables(const int8_t* numbers, int columns, uint8_t* tables) {
 // As byte_sums, with tables.
 template <bool kPairs, bool kPositive, int H, int R>
 inline void table_sums(const Half& part, const uint8_t* data, int first, int last, const uint8_t* tables,
-                       const float* unit, const float* offset, Result out, ptrdiff_t ahead) {
+                       const float* unit, const float* offset, Result out, Fetch& fetch) {
   int block = first;
   for (; block + R <= last; block += R) {
     I acc[R][H];
     repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = zero_int(); }); });
-    look_up<kPairs, kPositive, H, R>(acc, data + block * part.block_bytes, part.block_bytes, part.vectors, tables, ahead);
+    look_up<kPairs, kPositive, H, R>(acc, data + block * part.block_bytes, part.block_bytes, part.vectors, tables, fetch);
     if (part.tail) {
       repeat<R>([&](auto r) { look_up_tail<kPositive, H>(acc[r], part, data, block + r, tables); });
     }
     put_sums<H, R>(acc, block, unit, offset, out);
   }
   if constexpr (R > 1) {
-    if (block < last) table_sums<kPairs, kPositive, H, R / 2>(part, data, block, last, tables, unit, offset, out, ahead);
+    if (block < last) table_sums<kPairs, kPositive, H, R / 2>(part, data, block, last, tables, unit, offset, out, fetch);
   }
 }
 
 // --- a part of a page -----------------------------------------------------------------------------
 
-inline void prefetch_scales(const uint16_t* scale, const uint16_t* zero, int count, ptrdiff_t ahead) {
-  for (int c = 0; c < count; c += 32) {
-    prefetch(reinterpret_cast<const uint8_t*>(scale + c) + ahead);
-    prefetch(reinterpret_cast<const uint8_t*>(zero + c) + ahead);
-  }
-}
-
 // Blocks [first, last) times H rows of numbers, in the way that suits the codes. kPositive: not for what
 // rounding weights left.
 template <class Rule, bool kPositive, int H>
 inline void sum_rows(const Half& part, const uint8_t* data, int first, int last, const int8_t* numbers,
-                     const float* unit, const float* offset, Result out, ptrdiff_t ahead, Scratch& s) {
+                     const float* unit, const float* offset, Result out, Fetch& fetch, Scratch& s) {
   if constexpr (Rule::kHasTables) {
     fill_tables<H>(numbers, part.columns, s.tables[0]);
-    table_sums<Rule::kPairs, kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, s.tables[0], unit, offset, out, ahead);
+    table_sums<Rule::kPairs, kPositive, H, blocks_at_once(H, 4)>(part, data, first, last, s.tables[0], unit, offset, out, fetch);
   } else {
     constexpr bool kFine = Rule::kIsFine;
     constexpr int R = kFine ? blocks_at_once(2 * H, 2) : blocks_at_once(H, 4);
-    byte_sums<Rule::kBits, kPositive, kFine, H, R>(part, data, first, last, numbers, unit, offset, out, ahead);
+    byte_sums<Rule::kBits, kPositive, kFine, H, R>(part, data, first, last, numbers, unit, offset, out, fetch);
   }
 }
 
@@ -476,11 +462,12 @@ inline void sum_rows(const Half& part, const uint8_t* data, int first, int last,
 // with their units.
 template <class Rule>
 inline void codes_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
-                            ptrdiff_t ahead, Scratch& s) {
+                            Fetch& fetch, Scratch& s) {
   constexpr bool kPositive = Rule::kIsPositive;
   const int blocks = part.group / kLanes;
   Units& units = kPositive ? s.of_weights : s.of_queries;
   if constexpr (!kPositive) {
+    fetch.pause();
     by_rows(rows, [&](int row, auto h) {
       measure_queries<Rule, h()>(x + row * stride, stride, part.columns, part.scales(data), part.groups, row, units);
     });
@@ -488,19 +475,19 @@ inline void codes_by_column(const Half& part, const uint8_t* data, const float* 
   Numbers& n = s.numbers;
   for (int g = 0; g < part.groups; ++g) {
     const ColumnScales of = part.of_columns(data, g);
-    prefetch_scales(of.scale, of.zero, part.columns, ahead);
     const int first = g * blocks, last = first + blocks;
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
       const float* xr = x + row * stride;
+      fetch.pause();
       round_rows<Rule, H>(xr, stride, part.columns, of, units, row, n);
-      sum_rows<Rule, kPositive, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), ahead, s);
+      sum_rows<Rule, kPositive, H>(part, data, first, last, n.high[0], n.unit[0], n.offset, out.from(row), fetch, s);
       for (int h = 0; h < H; ++h) {
         if (!units.is_coarse[row + h]) continue;
         round_rest<Rule>(xr + h * stride, part.columns, of.scale, units, row, h, n);
         Result to = out.from(row + h);
         to.add = true;
-        sum_rows<Rule, false, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, ahead, s);
+        sum_rows<Rule, false, 1>(part, data, first, last, n.low[h], n.low_unit[0] + h, n.low_offset + h, to, fetch, s);
       }
     });
   }
@@ -518,14 +505,14 @@ inline void with_rule(const Half& part, const Fn& fn) {
 // Scales of the rows: per-token keys (groups of channels).
 template <int BITS>
 inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
-                         ptrdiff_t ahead, Scratch& s) {
+                         Fetch& fetch, Scratch& s) {
   using Rule = Rounding<BITS, false, false, false, true>;
   const int vectors = part.group * BITS / 32;
   Numbers& n = s.numbers;
   for (int g = 0; g < part.groups; ++g) {
     const uint16_t* scale = part.scales(data) + g * part.rows;
     const uint16_t* zero = part.zeros(data) + g * part.rows;
-    prefetch_scales(scale, zero, part.rows, ahead);
+    fetch.pause();
     by_rows(rows, [&](int row, auto h) {
       constexpr int H = h();
       const float* xg = x + row * stride + g * part.group;
@@ -548,8 +535,8 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
         I high[1][H], low[1][H];
         repeat<H>([&](auto i) { high[0][i] = low[0][i] = zero_int(); });
         const uint8_t* codes = data + block * part.block_bytes + g * vectors * 64;
-        multiply<BITS, false, H, 1>(high, codes, 0, vectors, n.high[0], ahead);
-        if (has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, n.low[0], ahead);
+        multiply<BITS, false, H, 1>(high, codes, 0, vectors, n.high[0], fetch);
+        if (has_low) multiply<BITS, false, H, 1>(low, codes, 0, vectors, n.low[0], fetch);
         if (BITS == 1 && part.tail) {
           multiply_tail<false, H>(high[0], part, data, block, n.high[0]);
           if (has_low) multiply_tail<false, H>(low[0], part, data, block, n.low[0]);
@@ -571,7 +558,7 @@ inline void codes_by_row(const Half& part, const uint8_t* data, const float* x, 
 
 // Blocks of 8-bit codes or unquantized values as float32, column by column; fn(column, values of R blocks).
 template <int R, class Fn>
-[[gnu::always_inline]] inline void each_column(const Half& part, const uint8_t* data, int block, int first, int last, ptrdiff_t ahead,
+[[gnu::always_inline]] inline void each_column(const Half& part, const uint8_t* data, int block, int first, int last, Fetch& fetch,
                         const Fn& fn) {
   const uint8_t* p = data + block * part.block_bytes;
   F value[R];
@@ -581,8 +568,8 @@ template <int R, class Fn>
       repeat<R>([&](auto r) {
         const uint8_t* at = p + r * part.block_bytes + c * kLanes;
         word[r] = load_bytes(at);
-        prefetch(at + ahead);
       });
+      fetch.steps(R);
       repeat<4>([&](auto k) {
         repeat<R>([&](auto r) { value[r] = byte_to_float(word[r], k); });
         fn(c + k, value);
@@ -591,9 +578,9 @@ template <int R, class Fn>
   } else {
     const int size = part.bits / 8;
     for (int c = first; c < last; ++c) {
+      if (size == 4 || c % 2) fetch.steps(R);
       repeat<R>([&](auto r) {
         const uint8_t* at = p + r * part.block_bytes + c * kLanes * size;
-        prefetch(at + ahead);
         value[r] = size == 4 ? load(reinterpret_cast<const float*>(at))
                              : load(reinterpret_cast<const uint16_t*>(at), part.dtype);
       });
@@ -606,11 +593,11 @@ template <int R, class Fn>
 template <int H, int R>
 inline void float_sums(const Half& part, const uint8_t* data, int block, int blocks_end, int first, int last,
                        const float* y, int stride, const float* offset, const uint16_t* row_scale,
-                       const uint16_t* row_zero, Result out, ptrdiff_t ahead) {
+                       const uint16_t* row_zero, Result out, Fetch& fetch) {
   for (; block + R <= blocks_end; block += R) {
     F acc[R][H];
     repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = set(0); }); });
-    each_column<R>(part, data, block, first, last, ahead, [&](int c, const F (&value)[R]) {
+    each_column<R>(part, data, block, first, last, fetch, [&](int c, const F (&value)[R]) {
       repeat<H>([&](auto h) {
         const F yc = set(y[h * stride + c]);
         repeat<R>([&](auto r) { acc[r][h] = fma(value[r], yc, acc[r][h]); });
@@ -631,7 +618,7 @@ inline void float_sums(const Half& part, const uint8_t* data, int block, int blo
   if constexpr (R > 1) {
     if (block < blocks_end) {
       float_sums<H, R / 2>(part, data, block, blocks_end, first, last, y, stride, offset, row_scale, row_zero, out,
-                           ahead);
+                           fetch);
     }
   }
 }
@@ -639,7 +626,7 @@ inline void float_sums(const Half& part, const uint8_t* data, int block, int blo
 constexpr int float_blocks(int h) { return kAccumulators >= 16 ? (h >= 8 ? 1 : 2) : 1; }
 
 inline void eight_bits_by_column(const Half& part, const uint8_t* data, const float* x, int stride, int rows,
-                                 Result out, ptrdiff_t ahead, Scratch& s) {
+                                 Result out, Fetch& fetch, Scratch& s) {
   const int blocks = part.group / kLanes;
   for (int g = 0; g < part.groups; ++g) {
     const uint16_t* scale = part.scales(data) + g * part.columns;
@@ -658,13 +645,13 @@ inline void eight_bits_by_column(const Half& part, const uint8_t* data, const fl
       }
       sums_of<H>(offset, s.offset);
       float_sums<H, float_blocks(H)>(part, data, g * blocks, (g + 1) * blocks, 0, part.columns, s.scaled[0], kColumns,
-                                     s.offset, nullptr, nullptr, out.from(row), ahead);
+                                     s.offset, nullptr, nullptr, out.from(row), fetch);
     });
   }
 }
 
 inline void eight_bits_by_row(const Half& part, const uint8_t* data, const float* x, int stride, int rows,
-                              Result out, ptrdiff_t ahead) {
+                              Result out, Fetch& fetch) {
   for (int g = 0; g < part.groups; ++g) {
     const int first = g * part.group, last = first + part.group;
     float total[kRows];
@@ -678,46 +665,45 @@ inline void eight_bits_by_row(const Half& part, const uint8_t* data, const float
     by_rows(rows, [&](int row, auto h) {
       float_sums<h(), float_blocks(h())>(part, data, 0, part.blocks, first, last, x + row * stride, stride,
                                          total + row, part.scales(data) + g * part.rows,
-                                         part.zeros(data) + g * part.rows, to.from(row), ahead);
+                                         part.zeros(data) + g * part.rows, to.from(row), fetch);
     });
   }
 }
 
 inline void unquantized(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
-                        ptrdiff_t ahead) {
+                        Fetch& fetch) {
   constexpr float kNone[kRows] = {};
   by_rows(rows, [&](int row, auto h) {
     float_sums<h(), float_blocks(h())>(part, data, 0, part.blocks, 0, part.columns, x + row * stride, stride, kNone,
-                                       nullptr, nullptr, out.from(row), ahead);
+                                       nullptr, nullptr, out.from(row), fetch);
   });
 }
 
 // out[i][row] (+)= sum over columns of x[i][column] * value[row][column], for one half of a page.
-// `ahead` is the distance to the page that comes next, which is fetched meanwhile: the hardware
-// does not look beyond 4 KB.
+// `fetch`: what comes next, on its way meanwhile.
 inline void keys_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
-                       ptrdiff_t ahead, Scratch& s) {
-  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
+                       Fetch& fetch, Scratch& s) {
+  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, fetch);
   switch (part.row_scales ? -part.bits : part.bits) {
-    case 8: return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
-    case -1: return codes_by_row<1>(part, data, x, stride, rows, out, ahead, s);
-    case -2: return codes_by_row<2>(part, data, x, stride, rows, out, ahead, s);
-    case -4: return codes_by_row<4>(part, data, x, stride, rows, out, ahead, s);
-    case -8: return eight_bits_by_row(part, data, x, stride, rows, out, ahead);
+    case 8: return eight_bits_by_column(part, data, x, stride, rows, out, fetch, s);
+    case -1: return codes_by_row<1>(part, data, x, stride, rows, out, fetch, s);
+    case -2: return codes_by_row<2>(part, data, x, stride, rows, out, fetch, s);
+    case -4: return codes_by_row<4>(part, data, x, stride, rows, out, fetch, s);
+    case -8: return eight_bits_by_row(part, data, x, stride, rows, out, fetch);
     default:
       with_rule<false>(part, [&](auto rule) {
-        codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
+        codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, fetch, s);
       });
   }
 }
 
 // The same with weights, whose units are known where they meet codes.
 inline void values_times(const Half& part, const uint8_t* data, const float* x, int stride, int rows, Result out,
-                         ptrdiff_t ahead, Scratch& s) {
-  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, ahead);
-  if (part.bits == 8) return eight_bits_by_column(part, data, x, stride, rows, out, ahead, s);
+                         Fetch& fetch, Scratch& s) {
+  if (part.is_raw) return unquantized(part, data, x, stride, rows, out, fetch);
+  if (part.bits == 8) return eight_bits_by_column(part, data, x, stride, rows, out, fetch, s);
   with_rule<true>(part, [&](auto rule) {
-    codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, ahead, s);
+    codes_by_column<decltype(rule)>(part, data, x, stride, rows, out, fetch, s);
   });
 }
 

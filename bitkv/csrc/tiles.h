@@ -23,7 +23,6 @@ inline LookupScratch& lookup_scratch() {
 // Consecutive pages of a sequence.
 struct Tile {
   const uint8_t* page[kTileTokens / 64];
-  ptrdiff_t ahead[kTileTokens / 64];  // to the pages that come after these
   int pages, page_size, head;
   int64_t first;  // token
 
@@ -58,19 +57,29 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Roo
   return codes;
 }
 
-inline Next next_of(const Tile& tile, size_t page_bytes, int width) {
-  const int per_page = tile.page_size / kVector, share = int(page_bytes) / per_page;
-  Next next;
-  next.step = (share + width / 2 - 1) / (width / 2);
-  for (int v = 0; v < tile.pages * per_page; ++v) {
-    next.from[v] = tile.page[v / per_page] + tile.ahead[v / per_page] + v % per_page * share;
+// A step is a vector of codes that meets two rows of queries, a row of wide tables or two channels of values.
+inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Queries& q, const LookupScratch& l) {
+  const int vectors = r.page_size / kVector, fours = (q.rows + 3) / 4;
+  int64_t steps = 0;
+  if (!plan.looks_up_keys) {
+    steps += plan.keys_as_floats ? 0 : plan.key.steps();
+  } else if (r.key.inv_freq) {
+    steps += vectors * r.key.pairs * fours;
+  } else {
+    for (int i = 0; i < q.rows; i += rows_at_once(l.rows + i, q.rows - i)) steps += vectors * r.key.codes.groups();
   }
-  return next;
+  if (!plan.looks_up_values) {
+    steps += r.value.has_codebook ? 0 : plan.value.steps();
+  } else {
+    const bool is_fine = Tables(r.value, TableKind::values, 0).is_fine();
+    steps += vectors * (r.value.width / 2) * fours * (is_fine ? 2 : 1);
+  }
+  return Pace::of(r.page_bytes() / 64, steps, 0);
 }
 
 // Scores of keys before the rotary embedding; `angle` is that of the first page, and goes on.
 inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle,
-                         Scratch& s, LookupScratch& l) {
+                         Fetch& fetch, Scratch& s, LookupScratch& l) {
   const Side& key = r.key;
   const Tables tables(key, TableKind::turned_keys, tile.head);
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
@@ -87,7 +96,7 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
     const int last = std::min(key.pairs, pair + kPairs);
     by_four_rows(q.rows, [&](int row, auto h) {
       const auto score = tables.is_fine() ? score_pairs<true, h()> : score_pairs<false, h()>;
-      score(keys, pair, last, row, l.sums[row]);
+      score(keys, pair, last, row, l.sums[row], fetch);
     });
   }
   for (int i = 0; i < q.rows; ++i) {
@@ -108,21 +117,21 @@ inline void scale_scores(const CodePart& part, const uint8_t* data, int rows, co
   }
 }
 
-inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
-                       LookupScratch& l) {
+inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Fetch& fetch,
+                       Scratch& s, LookupScratch& l) {
   const Side& key = r.key;
   if (!plan.looks_up_keys) {
     for (int p = 0; p < tile.pages; ++p) {
-      score_page(r, plan, q, tile.page[p], tile.head, angle, tile.ahead[p], s.scores[0] + p * tile.page_size, s);
+      score_page(r, plan, q, tile.page[p], tile.head, angle, fetch, s.scores[0] + p * tile.page_size, s);
       if (plan.turns) angle.next_page(*plan.turns);
     }
     return;
   }
   float sums[kRows] = {};  // which zero points multiply; turned keys have none
   if (key.inv_freq) {
-    score_turned(r, plan, q, tile, angle, s, l);
+    score_turned(r, plan, q, tile, angle, fetch, s, l);
   } else {
-    score_codes(codes_of(tile, key.codes, 0, l.codes), key.codes.groups(), l.rows, q.rows, s.scores[0]);
+    score_codes(codes_of(tile, key.codes, 0, l.codes), key.codes.groups(), l.rows, q.rows, fetch, s.scores[0]);
     for (int i = 0; i < q.rows; ++i) sums[i] = l.rows[i].sum;
   }
   for (int p = 0; p < tile.pages; ++p) {
@@ -149,7 +158,8 @@ inline void scale_weights(const CodePart& part, const Queries& q, const Tile& ti
   }
 }
 
-inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile& tile, Scratch& s, LookupScratch& l) {
+inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile& tile, Fetch& fetch, Scratch& s,
+                            LookupScratch& l) {
   const Side& value = r.value;
   const Tables tables(value, TableKind::values, tile.head);
   scale_weights(value.codes, q, tile, r.key.nbytes(), value.width, s);
@@ -162,19 +172,23 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
     }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
-  add_values(codes, next_of(tile, r.page_bytes(), value.width), tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
+  add_values(codes, fetch, tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
 }
 
 // A tile of pages; of one page where values are not looked up.
-inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Scratch& s,
-                        LookupScratch& l) {
+inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Fetch& fetch,
+                        Scratch& s, LookupScratch& l) {
   if (!sees_any(r, q, tile.first, tile.tokens())) {
     for (int p = 0; plan.turns && p < tile.pages; ++p) angle.next_page(*plan.turns);
     return;
   }
-  score_tile(r, plan, q, tile, angle, s, l);
-  if (!plan.looks_up_values) return add_page(r, plan, q, tile.page[0], tile.head, tile.first, tile.ahead[0], s);
-  if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, s)) add_tile_values(r, q, tile, s, l);
+  score_tile(r, plan, q, tile, angle, fetch, s, l);
+  if (!plan.looks_up_values) {
+    add_page(r, plan, q, tile.page[0], tile.head, tile.first, fetch, s);
+  } else if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, s)) {
+    add_tile_values(r, q, tile, fetch, s, l);
+  }
+  fetch.rest();
 }
 
 }  // namespace bitkv::BITKV_ISA
