@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import methods
 from bitkv.cli.recipes import list_recipes
 from bitkv.evaluation.report import wilson
@@ -196,9 +198,23 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
 
 
-def attention() -> str:
+def attention(name: str = "attention") -> str:
     """Milliseconds against context."""
-    return by_context(attended(), lambda row: f"{row['ms']:.3g}")
+    return by_context(attended(name), lambda row: f"{row['ms']:.3g}")
+
+
+def line(name: str) -> str:
+    """Milliseconds of recipes as a line of the context, fitted to the relative errors."""
+    lines = []
+    chosen = [row for row in attended(name) if not is_rival(row) and row["context"] >= 4096]
+    for recipe in dict.fromkeys(map(label, chosen)):
+        context, ms = np.array([(r["context"], r["ms"]) for r in chosen if label(r) == recipe]).T
+        columns = np.stack([1 / ms, context / ms], axis=1)
+        fixed, each = np.linalg.lstsq(columns, np.ones(len(ms)), rcond=None)[0]
+        ratio = ms / (fixed + each * context)
+        low, high = f"{ratio.min() - 1:+.0%}", f"{ratio.max() - 1:+.0%}"
+        lines.append([recipe, f"{fixed * 1e3:.0f}", f"{each * 1e6:.1f}", f"{low} to {high}"])
+    return markdown(["", "µs at no tokens", "ns a token", "measured against that"], lines)
 
 
 def bandwidth() -> str:
@@ -403,6 +419,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "speed_amx": lambda: speed("attention_amx"),
     "attention": attention,
+    "contexts_amx": lambda: attention("contexts_amx"),
+    "line_amx": lambda: line("line_amx"),
+    "line": lambda: line("attention"),
     "bandwidth": bandwidth,
     "speedup": speedup,
     "codebooks": codebooks,
