@@ -282,17 +282,13 @@ struct Plan {
     const int least = looks_up_keys ? 4 * kLeastPart : kLeastPart;  // which have tables to make first
     part_size = std::max(least, (longest + wanted - 1) / wanted);
     parts = (longest + part_size - 1) / part_size;
-    pace = pace_of(r, key.steps() + value.steps(), key.pauses() + value.pauses());
+    const int passes = (std::min(rows, kRows) + kMaxH - 1) / kMaxH;
+    pace = Pace::of(r.page_bytes() / 64, passes * (key.steps() + value.steps()), passes * (key.pauses() + value.pauses()));
   }
 
   static Half half_of(const Side& side, const AttendRequest& r) {
     constexpr Part kNone{16, kLanes, kLanes, kLanes, false, DType::f16};
     return {side.has_codebook ? kNone : side.affine, r.lookups};
-  }
-  // For `steps` and `pauses` in a page's way, for as many rows as are multiplied at once.
-  Pace pace_of(const AttendRequest& r, int64_t steps, int pauses) const {
-    const int passes = (std::min(rows, kRows) + kMaxH - 1) / kMaxH;
-    return Pace::of(r.page_bytes() / 64, steps * passes, pauses * passes);
   }
   static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
   static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }

@@ -38,8 +38,6 @@ struct Pace {
 
 class Fetch {
  public:
-  Fetch() = default;
-
   // `count` pages: as many at once as there are streams, or one in parts.
   Fetch(const uint8_t* const* pages, int count, size_t bytes, Pace pace)
       : pages_(pages), count_(count), pace_(pace), part_(bytes) {

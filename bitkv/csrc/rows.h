@@ -295,7 +295,7 @@ template <int BITS, bool kPositive, int H, int R>
   for (int v = 0; v < vectors; ++v) {
     B word[R];
     repeat<R>([&](auto r) { word[r] = load_bytes(codes + r * block_bytes + v * 64); });
-    if (v % 2 == 0) fetch.steps(R * std::min(2, vectors - v));
+    if (v % 2 == 0) fetch.steps(R * std::min(2, vectors - v));  // asking costs instructions too
 #pragma GCC unroll 1
     for (int at = 0; at < 8 / BITS; ++at, numbers += 4) {
       B code[R];
