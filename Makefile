@@ -11,7 +11,7 @@ run: $(VENV)/.ready  ## answer from the bundled document with a 2-bit cache, bes
 	$(BIN)/bitkv generate --demo --compare
 
 test: $(VENV)/.ready  ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 serve: $(SERVE)/.ready  ## a vLLM server on the bundled model with a 2-bit cache, asked one question
 	$(SERVE)/bin/python -m benchmarks.serve

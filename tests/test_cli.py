@@ -166,6 +166,7 @@ def test_first_difference():
 
 def test_bench_writes_rows_and_a_plot(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("bitkv.benchmark.request.read_bandwidth", lambda effort, **_: 20.0)
+    monkeypatch.setattr("bitkv.benchmark.timing.last_level_cache", lambda: 1 << 20)
     rows, plot = tmp_path / "bench.json", tmp_path / "bench.png"
     code, out, _ = run(
         capsys, "bench", "attention", "--recipe", "kivi2", "--recipe", "asymkv(1, 1)", "--context", 300,

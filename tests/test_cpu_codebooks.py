@@ -239,6 +239,18 @@ def test_keys_and_values_far_from_zero_and_with_outliers(channels, bits, rope):
     assert_rule(case)
 
 
+@FAST
+@pytest.mark.parametrize("base", [5e5, 1e7, 1.0])
+@pytest.mark.parametrize("sharp", [False, True])
+def test_keys_of_which_some_or_all_pairs_hardly_turn_within_a_page(channels, bits, base, sharp):
+    turns = Rope((1.0 if base > 1 else 1e-5) * base ** (-torch.arange(64) / 64), factor=1.1)
+    key, value = coupled(channels, bits, 128, rope="before", site="key"), coupled(channels, bits, 128)
+    case = case_of(key, value, (2400,), heads=8, queries=4, rope=turns, causal=False)
+    if sharp:
+        case.q = aimed(case.layer, 8, 4, held(case)[0]).float()
+    assert_rule(case)
+
+
 # --- every shape -------------------------------------------------------------------------------------
 
 PAIRS = {

@@ -6,6 +6,7 @@
 #include "rows.h"
 #include "decode.h"
 #if defined(BITKV_LOOKUP)
+
 #include "lookup.h"
 #endif
 
@@ -266,6 +267,7 @@ struct Plan {
   const Turns* turns = nullptr;   // for keys before the rotary embedding
   const Angle* angles = nullptr;  // of the first page of each part
   const int16_t* turn_words = nullptr;  // for lookups
+  int still_pairs = 0;                  // from which on pairs hardly turn within a page; even
 
   explicit Plan(const AttendRequest& r)
       : key(half_of(r.key, r)), value(half_of(r.value, r)),
@@ -535,6 +537,9 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
   int16_t* turn_words = words.of(size_t(turns.pairs) * turns.page_size * 2);
   if (changed) turn_table(turns, turn_words);
   plan.turn_words = turn_words;
+  for (int i = 0; i < turns.pairs; ++i) {
+    if (std::abs(r.key.inv_freq[i]) * float(r.page_size) > kStillAngle) plan.still_pairs = i / 2 * 2 + 2;
+  }
 #endif
 }
 

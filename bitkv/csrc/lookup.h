@@ -3,8 +3,9 @@
 //
 // Keys as attention meets them: q . entry is tabulated once an item for each query row and group, in 16 bits,
 // or in 8 where that is fine enough. Keys before the rotary embedding: entries as 16-bit integers, turned in
-// pairs of channels and multiplied with four rows while they are in registers. Values: entries as bytes times
-// weights as bytes, both with a second term where one byte costs too much.
+// pairs of channels and multiplied with four rows while they are in registers; where codes are coarse, rounded to
+// bytes before that, and slow pairs not turned within a page. Values: entries as bytes times weights as bytes, both
+// with a second term where one byte costs too much.
 //
 // For AVX-512 with VBMI, whose instructions stand in assembly: not every CPU that runs this file has them.
 // No include guard: isa_avx512.cpp includes this once, after decode.h.
@@ -39,36 +40,42 @@ class Room {
 constexpr int kEntries = 256;
 constexpr int kVector = 64;                      // tokens in a register of codes
 constexpr int kTileVectors = kTileTokens / kVector;
-constexpr int kPairs = 8;                        // of channels that are turned while sums are in registers
+constexpr int kPairs = 16;                       // of channels that are turned while sums are in registers
+constexpr float kStillAngle = 0.03f;             // in a page, that is as good as none where codes are coarse
 constexpr float kLookupShare = 0.09f;            // of quantization's error that a rounding may add
 constexpr float kValueShare = 0.06f;             // entries of values, which are off by the same for all tokens
 
 // --- tables of a codebook -------------------------------------------------------------------------
 
-// What is made of a codebook once, head by head: for each of its channels a table, then numbers of channels.
-//   values         bytes [2][256]: high and low parts of 256 high + low = (entry - middle) / unit
-//   keys           float32 [256]
-//   turned keys    bytes [2][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit. The
-//                  high parts are rounded where they are fine enough alone
+// What is made of a codebook once, head by head: tables of its channels, then numbers of channels.
+//   values         bytes [2][width][256]: high and low parts of 256 high + low = (entry - middle) / unit
+//   keys           float32 [width][256]
+//   turned keys    bytes [2][width][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit.
+//                  The high parts are rounded where they are fine enough alone
 struct Tables {
   const uint8_t* data;
   int width;
-  size_t table_bytes;
+  size_t bytes;  // of a channel's tables
 
-  static size_t bytes_of_table(TableKind kind) { return kind == TableKind::keys ? 4 * kEntries : 2 * kEntries; }
+  static size_t bytes_of_tables(TableKind kind) { return kind == TableKind::keys ? 4 * kEntries : 2 * kEntries; }
   static size_t head_bytes(int width, TableKind kind) {
-    return size_t(width) * bytes_of_table(kind) + (3 * size_t(width) + 16) * sizeof(float);
+    return size_t(width) * bytes_of_tables(kind) + (3 * size_t(width) + 16) * sizeof(float);
   }
   Tables(const Side& side, TableKind kind, int head)
       : data(side.tables + head % side.codebook.heads * head_bytes(side.width, kind)), width(side.width),
-        table_bytes(bytes_of_table(kind)) {}
+        bytes(bytes_of_tables(kind)) {}
 
-  const uint8_t* of(int channel) const { return data + channel * table_bytes; }
-  const float* units() const { return reinterpret_cast<const float*>(data + width * table_bytes); }
+  const float* floats_of(int channel) const { return reinterpret_cast<const float*>(data) + channel * kEntries; }
+  const uint8_t* of(int channel) const { return data + channel * kEntries; }
+  size_t low() const { return size_t(width) * kEntries; }  // between the parts of a channel
+  const float* units() const { return reinterpret_cast<const float*>(data + width * bytes); }
   const float* middles() const { return units() + width; }
   const float* errors() const { return middles() + width; }  // squared, that quantization makes, at least
   float spread() const { return errors()[width]; }      // the variance of entries over that error
   bool is_fine() const { return errors()[width + 1] != 0; }  // whether bytes need their low parts
+  // turned keys: whether they may be rounded to bytes when they are turned, and their mean squares in units, summed
+  bool are_coarse() const { return errors()[width + 2] != 0; }
+  float squares() const { return errors()[width + 3]; }
 };
 
 // What a codebook's own cells say of the error of its codes, per channel: a fraction of the squared distance
@@ -94,24 +101,24 @@ inline float cell_error(const float* x, int channels, int entries, std::vector<f
   return cell * room[entries / 2];
 }
 
-inline void put_bytes(uint8_t* table, int e, int number, bool low_is_signed) {  // else the high part is the floor
+// Where the low part is not signed, the high one is the floor.
+inline void put_bytes(uint8_t* high_at, uint8_t* low_at, int number, bool low_is_signed) {
   const int low = low_is_signed ? (number + 128) % 256 - 128 : number & 255;
   const int wrapped = low_is_signed && low < -128 ? low + 256 : low;
-  table[e] = uint8_t((number - wrapped) / 256), table[kEntries + e] = uint8_t(wrapped);
+  *high_at = uint8_t((number - wrapped) / 256), *low_at = uint8_t(wrapped);
 }
 
 // The tables of one head.
 inline void tabulate_head(const TablesRequest& r, int head) {
   const int width = r.width, channels = r.codebook.channels, entries = r.codebook.entries;
   uint8_t* out = r.out + head * Tables::head_bytes(width, r.kind);
-  const size_t bytes = Tables::bytes_of_table(r.kind);
-  float* units = reinterpret_cast<float*>(out + width * bytes);
+  float* units = reinterpret_cast<float*>(out + width * Tables::bytes_of_tables(r.kind));
   float *middles = units + width, *errors = middles + width;
   std::vector<float> room;
   const auto entry = [&](int e, int c) {  // those beyond the end repeat the first
     return r.codebook.of(head, c / channels)[(e < entries ? e : 0) * channels + c % channels];
   };
-  double variance = 0, error = 0, rounding = 0;
+  double variance = 0, error = 0, rounding = 0, in_units = 0;
   for (int c = 0; c < width; ++c) {
     float low = entry(0, c), high = low;
     double total = 0, squares = 0;
@@ -123,6 +130,7 @@ inline void tabulate_head(const TablesRequest& r, int head) {
     for (int e = 0; e < entries; ++e) squares += (entry(e, c) - middles[c]) * (entry(e, c) - middles[c]);
     const float top = std::max({high - middles[c], middles[c] - low, 1e-30f});
     units[c] = r.kind == TableKind::values ? top / 32512 : top / 23000;
+    in_units += squares / (entries * units[c] * units[c]);
     errors[c] = c % channels ? errors[c - 1] : cell_error(r.codebook.of(head, c / channels), channels, entries, room);
     variance += squares / entries, error += errors[c], rounding += 65536.0 / 12 * units[c] * units[c];
   }
@@ -130,13 +138,16 @@ inline void tabulate_head(const TablesRequest& r, int head) {
   const float share = r.kind == TableKind::values ? kValueShare : kLookupShare;
   const bool is_fine = rounding > share * share * error;
   errors[width + 1] = is_fine;
+  errors[width + 2] = 2 * rounding <= share * share * error;
+  errors[width + 3] = float(in_units);
   for (int c = 0; c < r.pairs; ++c) units[c] = units[c + r.pairs] = std::max(units[c], units[c + r.pairs]);
+  const bool low_is_signed = r.kind == TableKind::values || !is_fine;
   for (int c = 0; c < width; ++c) {
-    uint8_t* table = out + c * bytes;
     for (int e = 0; e < kEntries; ++e) {
       const float x = entry(e, c);
-      if (r.kind == TableKind::keys) std::memcpy(table + e * sizeof x, &x, sizeof x);
-      else put_bytes(table, e, int(std::nearbyint((x - middles[c]) / units[c])), r.kind == TableKind::values || !is_fine);
+      const size_t at = size_t(c) * kEntries + e, low_at = size_t(width) * kEntries + at;
+      if (r.kind == TableKind::keys) std::memcpy(out + at * sizeof x, &x, sizeof x);
+      else put_bytes(out + at, out + low_at, int(std::nearbyint((x - middles[c]) / units[c])), low_is_signed);
     }
   }
 }
@@ -167,15 +178,15 @@ struct Index {
   __mmask64 upper;
 
   explicit Index(V code) : code(code), upper(_mm512_movepi8_mask(code)) {}
-};
 
-// What 64 codes point to in a table of 256 bytes.
-[[gnu::always_inline]] inline V look_up(const uint8_t* table, const Index& index) {
-  V low = index.code, high = index.code;
-  asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(load_v(table)), "v"(load_v(table + 64)));
-  asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(load_v(table + 128)), "v"(load_v(table + 192)));
-  return _mm512_mask_blend_epi8(index.upper, low, high);
-}
+  // What the codes point to in a table of 256 bytes.
+  [[gnu::always_inline]] V look_up(const uint8_t* table) const {
+    V low = code, high = code;
+    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(load_v(table)), "v"(load_v(table + 64)));
+    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(load_v(table + 128)), "v"(load_v(table + 192)));
+    return _mm512_mask_blend_epi8(upper, low, high);
+  }
+};
 
 // Codes of a tile as bytes, 64 tokens a vector: those of group g lie at from[v] + g * stride.
 struct Codes {
@@ -218,25 +229,41 @@ struct RowTables {
   uint8_t* bytes;
 };
 
-inline void tabulate_row(const Side& side, int head, const float* x, float* room, RowTables& row) {
+// products [H][groups][256] = x . entry, for H query rows x.
+template <int H>
+inline void multiply_entries(const Side& side, int head, const float* x, float* products) {
   const Tables tables(side, TableKind::keys, head);
   const int channels = side.codes.channels, groups = side.codes.groups();
+  for (int g = 0; g < groups; ++g) {
+    for (int e = 0; e < kEntries; e += 4 * kLanes) {
+      F y[H][4];
+      repeat<H>([&](auto h) { repeat<4>([&](auto i) { y[h][i] = set(0); }); });
+      for (int c = g * channels; c < (g + 1) * channels; ++c) {
+        F entry[4];
+        repeat<4>([&](auto i) { entry[i] = load(tables.floats_of(c) + e + i * kLanes); });
+        repeat<H>([&](auto h) {
+          const F xc = set(x[h * side.width + c]);
+          repeat<4>([&](auto i) { y[h][i] = fma(entry[i], xc, y[h][i]); });
+        });
+      }
+      repeat<H>([&](auto h) {
+        repeat<4>([&](auto i) { store(products + (h * groups + g) * kEntries + e + i * kLanes, y[h][i]); });
+      });
+    }
+  }
+}
+
+// Rounds the products of a row x.
+inline void tabulate_row(const Side& side, int head, const float* x, const float* products, RowTables& row) {
+  const Tables tables(side, TableKind::keys, head);
+  const int groups = side.codes.groups();
   float lows[kWidth], total = 0, widest = 0, error = 0;
   row.offset = row.sum = 0;
   for (int g = 0; g < groups; ++g) {
     F low = set(FLT_MAX), high = set(-FLT_MAX);
-    float* products = room + g * kEntries;
-    for (int e = 0; e < kEntries; e += 4 * kLanes) {
-      F y[4] = {set(0), set(0), set(0), set(0)};
-      for (int c = g * channels; c < (g + 1) * channels; ++c) {
-        const F xc = set(x[c]);
-        const float* column = reinterpret_cast<const float*>(tables.of(c)) + e;
-        repeat<4>([&](auto i) { y[i] = fma(load(column + i * kLanes), xc, y[i]); });
-      }
-      repeat<4>([&](auto i) {
-        store(products + e + i * kLanes, y[i]);
-        low = min(low, y[i]), high = max(high, y[i]);
-      });
+    for (int e = 0; e < kEntries; e += kLanes) {
+      const F y = load(products + g * kEntries + e);
+      low = min(low, y), high = max(high, y);
     }
     lows[g] = -max(set(0) - low);
     const float range = max(high) - lows[g];
@@ -249,7 +276,7 @@ inline void tabulate_row(const Side& side, int head, const float* x, float* room
   const F inverse = set(row.unit > 1e-30f ? 1 / row.unit : 0);
   for (int g = 0; g < groups; ++g) {
     for (int e = 0; e < kEntries; e += kLanes) {
-      const I y = to_int((load(room + g * kEntries + e) - set(lows[g])) * inverse);
+      const I y = to_int((load(products + g * kEntries + e) - set(lows[g])) * inverse);
       uint8_t* to = row.bytes + (row.is_wide ? 2 : 1) * g * kEntries + e;
       const V high = row.is_wide ? _mm512_srli_epi32(y.v, 8) : y.v;
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
@@ -258,31 +285,25 @@ inline void tabulate_row(const Side& side, int head, const float* x, float* room
   }
 }
 
-// Sums of bytes in words: of all as words, which wrap around, and of the odd ones.
-struct ByteSums {
-  V all = _mm512_setzero_si512(), odd = all;
-
-  [[gnu::always_inline]] void add(V x) {
-    all = _mm512_add_epi16(all, x), odd = _mm512_add_epi16(odd, _mm512_srli_epi16(x, 8));
-  }
-  V even() const { return _mm512_sub_epi16(all, _mm512_slli_epi16(odd, 8)); }
-};
-
 // Scores of N vectors of tokens from vector `first` on, for H query rows in bytes.
 template <int N, int H>
 [[gnu::noinline]] void scan_rows(const Codes& codes, int groups, const RowTables* rows, int first, Fetch& fetch, float* scores) {
-  ByteSums sums[H][N];
+  V all[H][N], odd[H][N];  // sums of bytes in words: of all, which wrap around, and of the odd ones
+  repeat<H>([&](auto h) { repeat<N>([&](auto v) { all[h][v] = odd[h][v] = _mm512_setzero_si512(); }); });
   for (int g = 0; g < groups; ++g) {
     fetch.steps(N);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const Index index(load_v(codes.from[first + v] + g * codes.stride));
-      repeat<H>([&](auto h) { sums[h][v].add(look_up(rows[h].bytes + g * kEntries, index)); });
+      repeat<H>([&](auto h) __attribute__((always_inline)) {
+        const V x = index.look_up(rows[h].bytes + g * kEntries);
+        all[h][v] = _mm512_add_epi16(all[h][v], x), odd[h][v] = _mm512_add_epi16(odd[h][v], _mm512_srli_epi16(x, 8));
+      });
     });
   }
   repeat<H>([&](auto h) {
     repeat<N>([&](auto v) {
-      const V even = sums[h][v].even(), odd = sums[h][v].odd;
-      put_words(_mm512_unpacklo_epi16(even, odd), _mm512_unpackhi_epi16(even, odd), rows[h].unit, rows[h].offset,
+      const V even = _mm512_sub_epi16(all[h][v], _mm512_slli_epi16(odd[h][v], 8));
+      put_words(_mm512_unpacklo_epi16(even, odd[h][v]), _mm512_unpackhi_epi16(even, odd[h][v]), rows[h].unit, rows[h].offset,
                 scores + h * kTile + (first + v) * kVector);
     });
   });
@@ -298,7 +319,7 @@ template <int N>
     fetch.steps(N);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const Index index(load_v(codes.from[first + v] + g * codes.stride));
-      const V h = look_up(table, index), l = look_up(table + kEntries, index);
+      const V h = index.look_up(table), l = index.look_up(table + kEntries);
       low[v] = _mm512_add_epi16(low[v], _mm512_unpacklo_epi8(l, h));
       high[v] = _mm512_add_epi16(high[v], _mm512_unpackhi_epi8(l, h));
     });
@@ -347,24 +368,47 @@ inline void turn_table(const Turns& turns, int16_t* out) {
 struct Words {
   V even, odd;
 
+  [[gnu::always_inline]] explicit Words(V high)
+      : even(_mm512_slli_epi16(high, 8)), odd(_mm512_and_si512(high, _mm512_set1_epi16(int16_t(0xff00)))) {}
+
   // Looked up in the high parts, and in the low parts where they are needed.
   template <bool kFine>
-  [[gnu::always_inline]] static Words of(const uint8_t* table, const Index& index) {
-    const V high = look_up(table, index), mask = _mm512_set1_epi16(int16_t(0xff00));
-    const Words x{_mm512_slli_epi16(high, 8), _mm512_and_si512(high, mask)};
-    if constexpr (!kFine) return x;
-    const V low = look_up(table + kEntries, index);
-    return {_mm512_ternarylogic_epi32(x.even, low, mask, 0xf4), _mm512_or_si512(x.odd, _mm512_srli_epi16(low, 8))};
+  [[gnu::always_inline]] static Words of(const Tables& tables, int channel, const Index& index) {
+    const uint8_t* table = tables.of(channel);
+    Words x(index.look_up(table));
+    if constexpr (kFine) {
+      const V low = index.look_up(table + tables.low());
+      x.even = _mm512_ternarylogic_epi32(x.even, low, _mm512_set1_epi16(int16_t(0xff00)), 0xf4);
+      x.odd = _mm512_or_si512(x.odd, _mm512_srli_epi16(low, 8));
+    }
+    return x;
   }
 };
 
-// Rows of a page's queries as words (a, b) of each pair, and what their sums are multiples of.
+// Rows of a page's queries in each pair (a, b), and what their sums are multiples of.
 struct TurnedQueries {
-  alignas(64) int32_t words[kRows][kColumns / 2];
-  float unit[kRows];
+  alignas(64) int32_t words[kRows][kColumns / 2];  // 16-bit words a, b of each pair
+  alignas(64) int32_t bytes[kRows][kColumns / 4];  // bytes a, a', b, b' of each two pairs
+  float unit[kRows], offset[kRows];
 };
 
-inline void round_turned(const float* x, int pairs, const float* units, TurnedQueries& q, int row) {
+// Pairs whose channels share codes with those of their neighbour, so that two pairs are looked up together.
+inline bool are_even(int pairs, int channels) { return pairs % 2 == 0 && channels % 2 == 0; }
+
+// Whether bytes will do for queries x in the units of their channels, whose keys' errors are known.
+inline bool are_coarse(const float* x, int width, const Tables& tables) {
+  F top = set(0), error = set(0);
+  for (int c = 0; c < width; c += kLanes) {
+    const F xc = load(x + c);
+    top = max(top, abs(xc * load(tables.units() + c)));
+    error = fma(xc * xc, load(tables.errors() + c), error);
+  }
+  const float unit = max(top) * (std::sqrt(2.0f) / 127);  // turning may make one larger
+  return unit * unit / 12 * tables.squares() <= kLookupShare * kLookupShare * sum(error);
+}
+
+// Queries as words.
+inline void round_turned_to_words(const float* x, int pairs, const float* units, TurnedQueries& q, int row) {
   F total = set(0), top = set(0);
   for (int i = 0; i < 2 * pairs; i += kLanes) {
     const F y = abs(load(x + i) * load(units + i));
@@ -372,12 +416,42 @@ inline void round_turned(const float* x, int pairs, const float* units, TurnedQu
   }
   // no sum of products may pass 2^31, keys being below 2^15
   const float unit = std::max({sum(total) / 65000, max(top) / 32767, 1e-30f});
-  q.unit[row] = unit;
+  q.unit[row] = unit, q.offset[row] = 0;
   for (int i = 0; i < pairs; i += kLanes) {
     const V a = to_int(load(x + i) * load(units + i) * set(1 / unit)).v;
     const V b = to_int(load(x + pairs + i) * load(units + pairs + i) * set(1 / unit)).v;
     store_int(q.words[row] + i, {_mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16))});
   }
+}
+
+// H rows of queries as bytes, for keys that are 256 (byte - 128), and half a byte more where they were turned, which
+// rounds them down: those of the pairs before `still`.
+template <int H>
+inline void round_turned_to_bytes(const float* x, int stride, int pairs, int still, const float* units, TurnedQueries& q, int row) {
+  F top[H];
+  repeat<H>([&](auto h) { top[h] = set(0); });
+  for (int i = 0; i < 2 * pairs; i += kLanes) {
+    repeat<H>([&](auto h) { top[h] = max(top[h], abs(load(x + h * stride + i) * load(units + i))); });
+  }
+  float largest[H], offset[H];
+  maxima_of<H>(top, largest);
+  F offsets[H];
+  repeat<H>([&](auto h) {
+    const float unit = std::max(largest[h] / 127, 1e-30f);
+    const F inverse = set(1 / unit);
+    F all = set(0);
+    for (int i = 0; i < pairs; i += kLanes) {
+      const I a = to_int(load(x + h * stride + i) * load(units + i) * inverse);
+      const I b = to_int(load(x + h * stride + pairs + i) * load(units + pairs + i) * inverse);
+      all = fma(to_float(a + b), set(i < still ? -127.5f : -128), all);
+      const __m128i low = _mm512_cvtepi32_epi8(a.v), high = _mm512_cvtepi32_epi8(b.v);
+      auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
+      _mm_store_si128(to, _mm_unpacklo_epi16(low, high)), _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, high));
+    }
+    q.unit[row + h] = 256 * unit, offsets[h] = all;
+  });
+  sums_of<H>(offsets, offset);
+  for (int h = 0; h < H; ++h) q.offset[row + h] = q.unit[row + h] * offset[h];
 }
 
 // Everything that scores of keys before the rotary embedding are made of.
@@ -389,13 +463,21 @@ struct TurnedKeys {
   const TurnedQueries* queries;  // of each page
 };
 
+// Channels x and y, turned by an angle: p and q.
+struct Turned {
+  V p, q;
+
+  [[gnu::always_inline]] Turned(V x, V y, V cos, V sin)
+      : p(_mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin))),
+        q(_mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin))) {}
+};
+
 // sums[h][tokens] += channels i and i + pairs, turned, times those of queries, for pairs [first, last) and H rows from
 // `row` on.
 template <bool kFine, int H>
 [[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
   const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
-  const size_t table = keys.tables.table_bytes;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
     const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
@@ -407,16 +489,10 @@ template <bool kFine, int H>
       const Index ia(load_v(codes.from[v] + a * codes.stride)), ib(load_v(codes.from[v] + b * codes.stride));
       const int end = std::min({last, (a + 1) * channels, (b + 1) * channels - pairs});
       for (; i < end; ++i, angle += codes.page_size / 16) {
-        const Words x = Words::of<kFine>(keys.tables.data + i * table, ia);
-        const Words y = Words::of<kFine>(keys.tables.data + (i + pairs) * table, ib);
-        V key[4];
-        const auto turn = [&](V x, V y, V cos, V sin, V* to) __attribute__((always_inline)) {
-          const V p = _mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin));
-          const V q = _mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin));
-          to[0] = _mm512_unpacklo_epi16(p, q), to[1] = _mm512_unpackhi_epi16(p, q);
-        };
-        turn(x.even, y.even, angle[0], angle[2], key);
-        turn(x.odd, y.odd, angle[1], angle[3], key + 2);
+        const Words x = Words::of<kFine>(keys.tables, i, ia), y = Words::of<kFine>(keys.tables, i + pairs, ib);
+        const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
+        const V key[4] = {_mm512_unpacklo_epi16(even.p, even.q), _mm512_unpackhi_epi16(even.p, even.q),
+                          _mm512_unpacklo_epi16(odd.p, odd.q), _mm512_unpackhi_epi16(odd.p, odd.q)};
         repeat<H>([&](auto h) {
           const V number = _mm512_set1_epi32(q[h][i]);
           repeat<4>([&](auto j) { acc[h][j] = dot_words(acc[h][j], key[j], number); });
@@ -427,18 +503,73 @@ template <bool kFine, int H>
   }
 }
 
+// The same with bytes, two pairs at a time, for an even first and last pair. kStill: of pairs that hardly turn within a
+// page.
+template <bool kStill, int H>
+[[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
+  const Codes& codes = keys.codes;
+  const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
+  const auto bytes_of = [&](V low, V other) __attribute__((always_inline)) {  // low bytes of one, high ones of the other
+    return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
+  };
+  for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
+    const int32_t(*queries)[kColumns / 4] = keys.queries[v / per_page].bytes + row;
+    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    const size_t next = codes.page_size / 16;  // pair's angles
+    fetch.steps(last - first);
+    V acc[H][4];
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    for (int i = first; i < last;) {
+      const int a = i / channels, b = (i + pairs) / channels;
+      const Index ia(load_v(codes.from[v] + a * codes.stride)), ib(load_v(codes.from[v] + b * codes.stride));
+      const int end = std::min({last, (a + 1) * channels, (b + 1) * channels - pairs});
+      for (; i < end; i += 2, angle += 2 * next) {
+        const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + pairs);
+        V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
+        if constexpr (kStill) {
+          const V x = ia.look_up(x_table), x2 = ia.look_up(x_table + kEntries);
+          const V y = ib.look_up(y_table), y2 = ib.look_up(y_table + kEntries);
+          p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
+          q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
+        } else {
+          const Words x(ia.look_up(x_table)), y(ib.look_up(y_table));
+          const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
+          const V* a2 = angle + next;
+          const Words x2(ia.look_up(x_table + kEntries)), y2(ib.look_up(y_table + kEntries));
+          const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
+          p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
+          q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
+        }
+        const V key[4] = {_mm512_unpacklo_epi16(p[0], q[0]), _mm512_unpackhi_epi16(p[0], q[0]),
+                          _mm512_unpacklo_epi16(p[1], q[1]), _mm512_unpackhi_epi16(p[1], q[1])};
+        repeat<H>([&](auto h) {
+          const V number = _mm512_set1_epi32(queries[h][i / 2]);
+          repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key[j], number); });
+        });
+      }
+    }
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
+  }
+}
+
+// Quarter l of output j is what quarter j of input l was.
+inline void transpose_quarters(const V (&x)[4], V (&out)[4]) {
+  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  out[0] = _mm512_shuffle_i32x4(p, q, 0x88), out[1] = _mm512_shuffle_i32x4(p, q, 0xdd);
+  out[2] = _mm512_shuffle_i32x4(r, t, 0x88), out[3] = _mm512_shuffle_i32x4(r, t, 0xdd);
+}
+
 // Sums as words were unpacked: of even tokens, then of odd ones.
-inline void put_turned(const int32_t* sums, float unit, float* out) {
+inline void put_turned(const int32_t* sums, float unit, float offset, float* out) {
   const V even[2] = {load_v(sums), load_v(sums + 16)}, odd[2] = {load_v(sums + 32), load_v(sums + 48)};
   // register i has, in quarter l, tokens 16 l + 4 i + 0 ... 3
   const V x[4] = {_mm512_unpacklo_epi32(even[0], odd[0]), _mm512_unpackhi_epi32(even[0], odd[0]),
                   _mm512_unpacklo_epi32(even[1], odd[1]), _mm512_unpackhi_epi32(even[1], odd[1])};
-  // a 4 x 4 transposition of lanes
-  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
-  const V y[4] = {_mm512_shuffle_i32x4(p, q, 0x88), _mm512_shuffle_i32x4(p, q, 0xdd), _mm512_shuffle_i32x4(r, t, 0x88),
-                  _mm512_shuffle_i32x4(r, t, 0xdd)};
-  for (int i = 0; i < 4; ++i) store(out + i * kLanes, to_float(I{y[i]}) * set(unit));
+  V y[4];
+  transpose_quarters(x, y);
+  for (int i = 0; i < 4; ++i) store(out + i * kLanes, fma(to_float(I{y[i]}), set(unit), set(offset)));
 }
 
 // --- values ---------------------------------------------------------------------------------------
@@ -456,19 +587,26 @@ struct ByteRows {
 struct WeightUnit {
   float largest, total;
   bool is_coarse;
-
-  // `spread` as in Tables
-  WeightUnit(const float* weights, int tokens, float spread) {
-    F top = set(0), squares = set(0), sums = set(0);
-    for (int t = 0; t < tokens; t += kLanes) {
-      const F w = load(weights + t);
-      top = max(top, w), squares = fma(w, w, squares), sums = sums + w;
-    }
-    largest = max(top), total = sum(sums);
-    const float rounding = largest * largest * float(tokens) / (12 * 255 * 255.0f);
-    is_coarse = rounding * spread > kLookupShare * kLookupShare * sum(squares);
-  }
 };
+
+// Of H rows; `spread` as in Tables.
+template <int H>
+inline void find_weight_units(const float* weights, int tokens, float spread, WeightUnit* out) {
+  F top[H], squares[H], sums[H];
+  repeat<H>([&](auto h) { top[h] = squares[h] = sums[h] = set(0); });
+  for (int t = 0; t < tokens; t += kLanes) {
+    repeat<H>([&](auto h) {
+      const F w = load(weights + h * kTile + t);
+      top[h] = max(top[h], w), squares[h] = fma(w, w, squares[h]), sums[h] = sums[h] + w;
+    });
+  }
+  float largest[H], square[H], total[H];
+  maxima_of<H>(top, largest), sums_of<H>(squares, square), sums_of<H>(sums, total);
+  for (int h = 0; h < H; ++h) {
+    const float rounding = largest[h] * largest[h] * float(tokens) / (12 * 255 * 255.0f);
+    out[h] = {largest[h], total[h], rounding * spread > kLookupShare * kLookupShare * square[h]};
+  }
+}
 
 // Bytes of a row of weights in steps of largest / steps, shifted right.
 inline void put_weights(const float* weights, int tokens, float largest, float steps, int shift, uint8_t* out) {
@@ -482,9 +620,11 @@ inline void put_weights(const float* weights, int tokens, float largest, float s
 // Weights [rows][kTile] as bytes, and their sums.
 inline void round_weights(const float* weights, int rows, int tokens, float spread, ByteRows& out, float* totals) {
   out.high = out.count = rows;
+  WeightUnit units[kRows];
+  by_rows(rows, [&](int row, auto h) { find_weight_units<h()>(weights + row * kTile, tokens, spread, units + row); });
   for (int i = 0; i < rows; ++i) {
     const float* from = weights + i * kTile;
-    const WeightUnit unit(from, tokens, spread);
+    const WeightUnit& unit = units[i];
     totals[i] = unit.total;
     out.row[i] = i, out.unit[i] = unit.largest / 255;
     put_weights(from, tokens, unit.largest, unit.is_coarse ? 65280 : 255, unit.is_coarse ? 8 : 0, out.bytes[i]);
@@ -517,7 +657,7 @@ template <int C, int H>
   for (int v = 0; v < codes.vectors; ++v) {
     const Index index(load_v(codes.from[v] + at));
     V entry[C];
-    repeat<C>([&](auto c) { entry[c] = look_up(table + c * 2 * kEntries, index); });
+    repeat<C>([&](auto c) { entry[c] = index.look_up(table + c * kEntries); });
     repeat<H>([&](auto h) {
       const V weight = load_v(bytes[h] + v * kVector);
       repeat<C>([&](auto c) { acc[c][h] = dot_bytes(acc[c][h], weight, entry[c]); });
@@ -534,7 +674,7 @@ template <int H>
   for (int c = 0; c < tables.width; c += kLanes) {
     for (int i = 0; i < kLanes;) {
       const int group = (c + i) / channels;
-      const uint8_t* table = tables.of(c + i) + part * kEntries;
+      const uint8_t* table = tables.of(c + i) + part * tables.low();
       const size_t at = group * codes.stride;
       V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
       const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;

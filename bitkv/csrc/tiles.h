@@ -32,11 +32,15 @@ struct Tile {
 inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScratch& s) {
   const size_t size = size_t(key.codes.groups()) * 2 * kEntries;
   uint8_t* bytes = s.row_bytes.of(size * q.rows);
-  float* products = s.products.of(size);
-  for (int i = 0; i < q.rows; ++i) {
-    s.rows[i].bytes = bytes + i * size;
-    tabulate_row(key, head, q.page_x + i * key.width, products, s.rows[i]);
-  }
+  float* products = s.products.of(size * 2);  // of four rows
+  by_four_rows(q.rows, [&](int row, auto h) {
+    const float* x = q.page_x + row * key.width;
+    multiply_entries<h()>(key, head, x, products);
+    for (int i = 0; i < h(); ++i) {
+      s.rows[row + i].bytes = bytes + (row + i) * size;
+      tabulate_row(key, head, x + i * key.width, products + i * size / 2, s.rows[row + i]);
+    }
+  });
 }
 
 // A tile's codes, `offset` bytes into its pages: as they lie there, or as bytes side by side where they are fewer bits.
@@ -82,26 +86,36 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
                          Fetch& fetch, Scratch& s, LookupScratch& l) {
   const Side& key = r.key;
   const Tables tables(key, TableKind::turned_keys, tile.head);
+  bool as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
+  for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
+  const int still = as_bytes ? plan.still_pairs : key.pairs;
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
     angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, key.factor, s.mapped[0]);
-    for (int i = 0; i < q.rows; ++i) {
-      round_turned(s.mapped[0] + i * r.head_dim, key.pairs, tables.units(), l.queries[p], i);
-    }
+    by_four_rows(q.rows, [&](int row, auto h) {
+      const float* x = s.mapped[0] + row * r.head_dim;
+      if (as_bytes) round_turned_to_bytes<h()>(x, r.head_dim, key.pairs, still, tables.units(), l.queries[p], row);
+      for (int i = 0; !as_bytes && i < h(); ++i) {
+        round_turned_to_words(x + i * r.head_dim, key.pairs, tables.units(), l.queries[p], row + i);
+      }
+    });
   }
   const Codes codes = codes_of(tile, key.codes, 0, l.codes);
   const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, plan.turn_words, l.queries};
   const int per_page = tile.page_size / kVector;
   for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
-  for (int pair = 0; pair < key.pairs; pair += kPairs) {
-    const int last = std::min(key.pairs, pair + kPairs);
+  for (int pair = 0, last; pair < key.pairs; pair = last) {
+    last = std::min(pair < still ? still : key.pairs, pair + kPairs);
     by_four_rows(q.rows, [&](int row, auto h) {
-      const auto score = tables.is_fine() ? score_pairs<true, h()> : score_pairs<false, h()>;
+      const auto score = as_bytes           ? pair < still ? score_byte_pairs<false, h()> : score_byte_pairs<true, h()>
+                         : tables.is_fine() ? score_pairs<true, h()>
+                                            : score_pairs<false, h()>;
       score(keys, pair, last, row, l.sums[row], fetch);
     });
   }
   for (int i = 0; i < q.rows; ++i) {
     for (int v = 0; v < codes.vectors; ++v) {
-      put_turned(l.sums[i] + v * kVector, l.queries[v / per_page].unit[i], s.scores[i] + v * kVector);
+      const TurnedQueries& of = l.queries[v / per_page];
+      put_turned(l.sums[i] + v * kVector, of.unit[i], of.offset[i], s.scores[i] + v * kVector);
     }
   }
 }
