@@ -251,6 +251,15 @@ def test_keys_of_which_some_or_all_pairs_hardly_turn_within_a_page(channels, bit
     assert_rule(case)
 
 
+@FAST
+def test_queries_whose_channels_add_up(channels, bits):
+    """What rounding down takes from keys is given back; pairs turn just fast enough to be turned."""
+    key, value = coupled(channels, bits, 128, rope="before", site="key"), coupled(channels, bits, 128)
+    case = case_of(key, value, (2400,), heads=8, rope=Rope(torch.full((64,), 3e-4)))
+    case.q = case.q.abs()
+    assert_rule(case)
+
+
 # --- every shape -------------------------------------------------------------------------------------
 
 PAIRS = {
