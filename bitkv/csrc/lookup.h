@@ -463,6 +463,22 @@ struct TurnedKeys {
   const TurnedQueries* queries;  // of each page
 };
 
+// Codes of vector v for pair i, and of those after it up to `end`.
+struct PairCodes {
+  Index x, y;
+  int end;
+
+  [[gnu::always_inline]] PairCodes(const TurnedKeys& keys, int v, int i)
+      : x(at(keys, v, i / keys.channels)), y(at(keys, v, (i + keys.pairs) / keys.channels)),
+        end(std::min((i / keys.channels + 1) * keys.channels,
+                     ((i + keys.pairs) / keys.channels + 1) * keys.channels - keys.pairs)) {}
+
+ private:
+  [[gnu::always_inline]] static Index at(const TurnedKeys& keys, int v, int group) {
+    return Index(load_v(keys.codes.from[v] + group * keys.codes.stride));
+  }
+};
+
 // Channels x and y, turned by an angle: p and q.
 struct Turned {
   V p, q;
@@ -477,7 +493,7 @@ struct Turned {
 template <bool kFine, int H>
 [[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
     const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
@@ -485,11 +501,10 @@ template <bool kFine, int H>
     V acc[H][4];
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
     for (int i = first; i < last;) {
-      const int a = i / channels, b = (i + pairs) / channels;
-      const Index ia(load_v(codes.from[v] + a * codes.stride)), ib(load_v(codes.from[v] + b * codes.stride));
-      const int end = std::min({last, (a + 1) * channels, (b + 1) * channels - pairs});
+      const PairCodes of(keys, v, i);
+      const int end = std::min(last, of.end);
       for (; i < end; ++i, angle += codes.page_size / 16) {
-        const Words x = Words::of<kFine>(keys.tables, i, ia), y = Words::of<kFine>(keys.tables, i + pairs, ib);
+        const Words x = Words::of<kFine>(keys.tables, i, of.x), y = Words::of<kFine>(keys.tables, i + pairs, of.y);
         const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
         const V key[4] = {_mm512_unpacklo_epi16(even.p, even.q), _mm512_unpackhi_epi16(even.p, even.q),
                           _mm512_unpacklo_epi16(odd.p, odd.q), _mm512_unpackhi_epi16(odd.p, odd.q)};
@@ -508,7 +523,7 @@ template <bool kFine, int H>
 template <bool kStill, int H>
 [[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const int channels = keys.channels, pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
   const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
   const auto bytes_of = [&](V low, V other) __attribute__((always_inline)) {  // low bytes of one, high ones of the other
     return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
@@ -516,27 +531,26 @@ template <bool kStill, int H>
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*queries)[kColumns / 4] = keys.queries[v / per_page].bytes + row;
     const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
-    const size_t next = codes.page_size / 16;  // pair's angles
+    const size_t next = codes.page_size / 16;  // from a pair's angles to the next ones
     fetch.steps(last - first);
     V acc[H][4];
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
     for (int i = first; i < last;) {
-      const int a = i / channels, b = (i + pairs) / channels;
-      const Index ia(load_v(codes.from[v] + a * codes.stride)), ib(load_v(codes.from[v] + b * codes.stride));
-      const int end = std::min({last, (a + 1) * channels, (b + 1) * channels - pairs});
+      const PairCodes of(keys, v, i);
+      const int end = std::min(last, of.end);
       for (; i < end; i += 2, angle += 2 * next) {
         const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + pairs);
         V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
         if constexpr (kStill) {
-          const V x = ia.look_up(x_table), x2 = ia.look_up(x_table + kEntries);
-          const V y = ib.look_up(y_table), y2 = ib.look_up(y_table + kEntries);
+          const V x = of.x.look_up(x_table), x2 = of.x.look_up(x_table + kEntries);
+          const V y = of.y.look_up(y_table), y2 = of.y.look_up(y_table + kEntries);
           p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
           q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
         } else {
-          const Words x(ia.look_up(x_table)), y(ib.look_up(y_table));
+          const Words x(of.x.look_up(x_table)), y(of.y.look_up(y_table));
           const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
           const V* a2 = angle + next;
-          const Words x2(ia.look_up(x_table + kEntries)), y2(ib.look_up(y_table + kEntries));
+          const Words x2(of.x.look_up(x_table + kEntries)), y2(of.y.look_up(y_table + kEntries));
           const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
           p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
           q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
