@@ -1,21 +1,27 @@
 """Measure everything on an NVIDIA GPU in one call: `PYTHONPATH=. python3 -m benchmarks.gpu`.
 
-Correctness comes first: every format against float64 on random data. Then times with nothing in the L2
-cache, important rows first, until the time budget is spent. Rows go to a JSON file, a short table comes
-last. `--dry-run` goes the same way on a CPU, in Triton's interpreter and with tiny shapes, and times
-nothing.
+Correctness comes first: every format against float64 on random data, in as many processes as there are
+processors, since most of it is compiling (and what one has compiled, all find compiled). Then times with
+nothing in the L2 cache, important rows first, until the time budget is spent. Whatever fails is a row
+too: the run goes on, and its exit status says so. Rows go to a JSON file, a short table comes last.
+`--dry-run` goes the same way on a CPU, in Triton's interpreter and with tiny shapes, and times nothing.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache, partial
 from pathlib import Path
@@ -29,12 +35,17 @@ import torch
 from torch import Tensor
 
 from bitkv.attention import attend, last_backend
+from bitkv.attention import triton as backend
+from bitkv.attention.triton import Launch
 from bitkv.benchmark.synthetic import Shape, new_layer, repeat_pages
 from bitkv.layer import PagedLayer
+from bitkv.pages import AffineFormat
 from bitkv.recipe import Recipe, parse
 from bitkv.static import StaticLayer
+from bitkv.view import CacheView
 
 ROOT = Path(__file__).parents[1]
+LEARNED = Path(os.environ.get("BITKV_LEARNED", tempfile.gettempdir()))  # where codecs that learned lie
 SHAPES = ((32, 8), (32, 32), (64, 8))  # query heads, KV heads; head_dim 128
 CONTEXTS = (4096, 16384, 32768, 65536, 131072, 262144, 524288, 1048576)
 BATCHES = (1, 8, 32, 64)
@@ -66,6 +77,7 @@ CHECKED = (
 MAIN = (32, 8, 131072, 1)  # query heads, KV heads, context, batch
 LARGEST_BYTES = 40 << 30  # of one measurement's caches, all copies together
 GENERATED = 200
+GENERATED_RECIPES = os.environ.get("BITKV_RECIPES", "kivi2 quick1 kivi4 quick2 fp16").split()
 
 
 @dataclass
@@ -73,7 +85,7 @@ class Row:
     """One measurement.
 
     Args:
-        what: "attention", "step", "pack", "copy" or "generate".
+        what: "check", "copy", "attention", "launch", "step", "pack", "generate" or "failure".
         name: a format, or another library.
         us: median microseconds; None in a dry run.
         gbps: bytes that must be read (and written) over that time.
@@ -105,6 +117,8 @@ class Bench:
         self.stop = time.monotonic() + budget
         self.rows: list[Row] = []
         self.copy_gbps: float | None = None
+        self.failures: list[str] = []
+        self.start = time.monotonic()
 
     @property
     def left(self) -> float:
@@ -117,8 +131,15 @@ class Bench:
             row.gbps = nbytes / row.us / 1e3
             row.of_copy = row.gbps / self.copy_gbps if self.copy_gbps else None
         self.rows.append(row)
-        print(line(row), flush=True)
+        print(f"{time.monotonic() - self.start:5.0f} s", line(row), flush=True)
         return row
+
+    def fail(self, what: str) -> None:
+        """Keep the exception that is being handled, in whatever it came up, as a row."""
+        trace = traceback.format_exc()
+        print(trace, flush=True)
+        self.failures.append(f"{what}: {trace.strip().splitlines()[-1]}")
+        self.add(Row("failure", what, note=trace.strip().splitlines()[-1][:200]))
 
     def time(self, calls: list[Callable[[], object]], repeats: int = 20) -> float | None:
         """Median microseconds of a call. The calls, in turn, find nothing of theirs in the L2 cache.
@@ -182,10 +203,19 @@ def filled(
 
 @cache
 def empty_layer(text: str, kv_heads: int, head_dim: int) -> PagedLayer:
-    """A layer whose codecs have learned, which takes a while, what they have to."""
-    return new_layer(
-        parse(text), shape=Shape(1, kv_heads, kv_heads, head_dim, "float16"), layout="strided"
-    )
+    """A layer whose codecs have learned what they have to, which takes a while: a file keeps it."""
+    recipe, shape = parse(text), Shape(1, kv_heads, kv_heads, head_dim, "float16")
+    if not any(codec.learns for codec in recipe.codecs(0)):
+        return new_layer(recipe, shape=shape, layout="strided")
+    name = hashlib.sha1(f"{text} {kv_heads} {head_dim}".encode()).hexdigest()[:16]
+    path = LEARNED / f"bitkv-{name}.pt"
+    if not path.exists():
+        LEARNED.mkdir(parents=True, exist_ok=True)
+        own = path.with_suffix(f".{os.getpid()}")
+        torch.save(new_layer(recipe, shape=shape, layout="strided"), own)
+        own.replace(path)
+    layer: PagedLayer = torch.load(path, weights_only=False)
+    return layer
 
 
 def gaussian(bench: Bench, *shape: int) -> Tensor:
@@ -212,36 +242,67 @@ def exact(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.softmax(scores.masked_fill(hidden, -torch.inf).float().to(dtype), -1) @ v
 
 
+Check = tuple[str, int, int, int, int]
+"""A recipe, query heads, KV heads, head_dim, queries."""
+
+
 def check_main(bench: Bench) -> None:
-    """Every format at the shape that matters; see `check_format`."""
-    shape = (2, 1, 64) if bench.dry else (32, 8, 128)
-    for text in CHECKED[::6] if bench.dry else CHECKED:
-        check_format(bench, text, *shape, queries=1)
+    """Every format at the shape that matters, and many queries that share keys; see `check_format`."""
+    shapes = [(2, 1, 64, 1)] if bench.dry else [(32, 8, 128, 1), (64, 1, 128, 1)]
+    texts = CHECKED[::6] if bench.dry else CHECKED[::-1]
+    check_all(bench, [(text, *shape) for shape in shapes for text in texts])
 
 
 def check_rest(bench: Bench) -> None:
     """Other shapes, and several queries; see `check_format`."""
-    shapes = [(2, 1, 64)] if bench.dry else [(32, 8, 128), (8, 8, 64), (16, 2, 96), (64, 1, 128)]
+    shapes = [(2, 1, 64)] if bench.dry else [(32, 8, 128), (8, 8, 64), (16, 2, 96)]
     recipes = ("kivi2",) if bench.dry else CHECKED
-    for text, shape, queries in itertools.product(recipes, shapes, (3, 1)):
-        if bench.left > 20 or bench.dry:
-            check_format(bench, text, *shape, queries=queries)
+    cases = [(*case, queries) for queries in (3, 1) for case in itertools.product(recipes, shapes)]
+    check_all(bench, [(text, *shape, queries) for text, shape, queries in cases])
 
 
-def check_format(
-    bench: Bench, text: str, heads: int, kv_heads: int, head_dim: int, *, queries: int
-) -> None:
+def check_all(bench: Bench, checks: Sequence[Check]) -> None:
+    for row in in_parallel(bench, check_format, checks):
+        bench.add(row)
+        if row.note.startswith("WRONG"):
+            bench.failures.append(f"{row.name}: {row.note}")
+
+
+def in_parallel(bench: Bench, function: Callable[..., Any], tasks: Sequence[Any]) -> Iterator[Any]:
+    """Results of a function of a task, as they come; what is not done when the budget ends is left."""
+    workers = 2 if bench.dry else max(1, min(len(tasks), (os.cpu_count() or 2) - 1))
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)
+    )
+    futures: list[Future[Any]] = [pool.submit(function, task, bench.dry) for task in tasks]
+    try:
+        for future in as_completed(futures, timeout=None if bench.dry else max(1.0, bench.left - 10)):
+            try:
+                if (result := future.result()) is not None:
+                    yield result
+            except Exception:
+                bench.fail(function.__name__)
+    except TimeoutError:
+        print("no time left for what follows", flush=True)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def check_format(check: Check, dry: bool) -> Row | None:
     """The error against float64 is at most twice that of 16-bit attention over the same cache.
 
-    Raises:
-        SystemExit: it is more, or not a number.
+    Returns:
+        None where the format does not fit the shape.
     """
+    text, heads, kv_heads, head_dim, queries = check
+    bench = Bench(0, dry)
     try:
-        layer = filled(bench, text, kv_heads, 300 if bench.dry else 2500, 1, head_dim)
+        layer = filled(bench, text, kv_heads, 300 if dry else 2500, 1, head_dim)
     except ValueError as error:
-        if "is not a multiple of group_size" in str(error):
-            return
-        raise
+        if "is not a multiple of" in str(error):
+            return None
+        raise ValueError(f"{check}: {error}") from error
     q = gaussian(bench, 1, heads, queries, head_dim)
     out, _ = attend(q, layer.view(), backend="triton")
     k, v = layer.materialize()
@@ -249,16 +310,16 @@ def check_format(
     plain = exact(q, k, v, torch.float16)
     mine, theirs = (((x.double() - truth).norm() / truth.norm()).item() for x in (out, plain))
     note = f"D {head_dim}, {queries} queries; 16-bit attention {theirs:.1e}"
-    bench.add(Row("check", text, heads, kv_heads, layer.lengths[0], 1, error=mine, note=note))
     if not mine <= 2 * theirs + 1e-6:
-        raise SystemExit(f"{text} is wrong: error {mine:.2e}, 16-bit attention {theirs:.2e}")
+        note = f"WRONG: {note}"
+    return Row("check", text, heads, kv_heads, layer.lengths[0], 1, error=mine, note=note)
 
 
 def check_steps(bench: Bench) -> None:
     """Replays of one captured step across pages leave the cache that eager appends leave.
 
     Raises:
-        SystemExit: they differ.
+        RuntimeError: they differ.
     """
     for text in ("kivi2",) if bench.dry else ("affine(4, 'page')", "kivi2", "quick1", "fp16"):
         recipe = parse(text)
@@ -278,7 +339,9 @@ def check_steps(bench: Bench) -> None:
             expected, _ = attend(q, grows.view(), backend="triton")
             close = torch.allclose(result[0], expected, atol=2**-9, rtol=2**-7)
             if not close or fixed.view().lengths.tolist() != grows.lengths:
-                raise SystemExit(f"{text}: a replayed step differs from an eager one at {grows.lengths}")
+                raise RuntimeError(
+                    f"{text}: a replayed step differs from an eager one at {grows.lengths}"
+                )
             grows.commit()
         bench.add(Row("check", text, 8, 2, grows.lengths[0], 2, note="replayed steps equal eager ones"))
 
@@ -309,13 +372,19 @@ def captured(
 
 
 def measure_copy(bench: Bench) -> None:
-    """The bandwidth of a large copy on the device, read and written bytes together."""
-    size = 1 << 16 if bench.dry else 2 << 30
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=bench.device)
+    """The bandwidth of a large copy on the device, read and written bytes, by the faster way."""
+    size = 1 << 14 if bench.dry else 1 << 29
+    source = torch.randn(size, device=bench.device)
     target = torch.empty_like(source)
-    us = bench.time([lambda: target.copy_(source)])
-    row = bench.add(Row("copy", "device to device", us=us), 2 * size)
-    bench.copy_gbps, row.of_copy = row.gbps, None
+    ways = {
+        "memcpy": lambda: target.copy_(source),
+        "kernel": lambda: torch.neg(source, out=target),
+    }
+    times = {name: bench.time([call]) for name, call in ways.items()}
+    for name, us in times.items():
+        row = bench.add(Row("copy", name, us=us), 8 * size)
+        row.of_copy = None
+        bench.copy_gbps = max(bench.copy_gbps or 0, row.gbps or 0) or None
 
 
 def measure_main(bench: Bench) -> None:
@@ -355,18 +424,92 @@ def measure_formats(bench: Bench, heads: int, kv_heads: int, context: int, batch
     case = (heads, kv_heads, context, batch)
     for name, text in (formats(bench) | ({} if bench.dry else CODEBOOKS)).items():
         try:
-            one = filled(bench, text, kv_heads, context, batch)
-            nbytes = read_bytes(one)
-            count = min(bench.copies(nbytes), max(1, LARGEST_BYTES // nbytes))
-            layers = [one, *(filled(bench, text, kv_heads, context, batch) for _ in range(count - 1))]
+            views, nbytes = copied_views(bench, text, kv_heads, context, batch)
             q = gaussian(bench, batch, heads, 1, 128)
-            views = [layer.view() for layer in layers]
             us = bench.time([partial(attend, q, view, backend="triton") for view in views])
             assert last_backend() == "triton"
             yield bench.add(Row("attention", name, *case, us=us), nbytes)
         except torch.cuda.OutOfMemoryError:
             bench.add(Row("attention", name, *case, note="out of memory"))
+        except Exception:
+            bench.fail(name)
         release()
+
+
+Choice = tuple[int, int, int]
+"""Tile, warps and stages of a `Launch`."""
+
+LAUNCHES: dict[str, list[Choice]] = {  # what else those of `launch_of` could be
+    "affine": [(16, 1, 2), (32, 1, 2), (32, 1, 3), (32, 2, 2), (64, 2, 2), (64, 4, 2)],
+    "raw": [(128, 4, 1), (128, 4, 2), (128, 4, 3)],
+    "coded": [(64, 4, 1), (128, 4, 1), (128, 8, 1)],
+}
+PROGRAMS = (1, 2, 3, 4, 8)  # on a processor; its four schedulers share out warps and registers evenly
+
+
+def kind_of(text: str) -> str:
+    keys = empty_layer(text, 8, 128).page_format(128, torch.float16).key
+    return "coded" if not isinstance(keys, AffineFormat) else "raw" if keys.is_raw else "affine"
+
+
+def warm_launch(task: tuple[str, Choice], dry: bool) -> tuple[str, Choice]:
+    """Compile a kernel for a launch."""
+    text, choice = task
+    backend.launch_of = lambda *_, **__: Launch(8, *choice, 4)
+    bench = Bench(0, dry)
+    attend(gaussian(bench, 1, 32, 1, 128), filled(bench, text, 8, 2500, 1).view(), backend="triton")
+    return task
+
+
+def measure_launches(bench: Bench) -> None:
+    """The main shape with other launches than `launch_of` chooses; compiled in parallel first."""
+    if bench.dry:
+        return
+    heads, kv_heads, context, batch = MAIN
+    names = formats(bench) | CODEBOOKS
+    tasks = [(text, choice) for text in names.values() for choice in LAUNCHES[kind_of(text)]]
+    ready = {*in_parallel(bench, warm_launch, tasks)}
+    for name, text in names.items():
+        views, nbytes = copied_views(bench, text, kv_heads, context, batch)
+        q = gaussian(bench, batch, heads, 1, 128)
+        calls = [partial(attend, q, view, backend="triton") for view in views]
+        for choice, programs in itertools.product(LAUNCHES[kind_of(text)], PROGRAMS):
+            known = (text, choice) in ready and bench.left > 20
+            if known and 8 <= choice[1] * programs <= 16:
+                measure_launch(bench, name, Launch(8, *choice, programs), calls, nbytes)
+        release()
+
+
+def measure_launch(
+    bench: Bench, name: str, launch: Launch, calls: list[Callable[[], object]], nbytes: int
+) -> None:
+    note = (
+        f"tile {launch.tile}, {launch.warps} warps, {launch.stages} stages, {launch.programs} programs"
+    )
+    own = backend.launch_of
+    backend.launch_of = lambda *_, **__: launch
+    try:
+        bench.add(Row("launch", name, *MAIN, us=bench.time(calls, repeats=9), note=note), nbytes)
+    except Exception:
+        bench.fail(f"{name}, {note}")
+    finally:
+        backend.launch_of = own
+
+
+def copied_views(
+    bench: Bench, text: str, kv_heads: int, context: int, batch: int
+) -> tuple[list[CacheView], int]:
+    """Views of one cache and of copies, which together do not fit the L2 cache, and the bytes of one."""
+    layer = filled(bench, text, kv_heads, context, batch)
+    view, nbytes = layer.view(), read_bytes(layer)
+    count = min(bench.copies(nbytes), max(1, LARGEST_BYTES // nbytes))
+
+    def copy() -> CacheView:
+        return replace(
+            view, pages=view.pages.clone(), hot_k=view.hot_k.clone(), hot_v=view.hot_v.clone()
+        )
+
+    return [view, *(copy() for _ in range(count - 1))], nbytes
 
 
 def measure_rivals(bench: Bench, heads: int, kv_heads: int, context: int, batch: int) -> Iterator[Row]:
@@ -410,6 +553,7 @@ def rivals(bench: Bench) -> Iterator[tuple[str, Maker, float]]:
         import flashinfer
     except ImportError:
         return
+    workspace = torch.zeros(16 << 20, dtype=torch.uint8, device=bench.device)  # calls follow one another
 
     def flash(dtype: torch.dtype) -> Maker:
         def make(heads: int, kv_heads: int, context: int, batch: int) -> Callable[[], object]:
@@ -417,9 +561,7 @@ def rivals(bench: Bench) -> Iterator[tuple[str, Maker, float]]:
             indptr = torch.arange(batch + 1, dtype=torch.int32, device=bench.device) * pages
             cache = gaussian(bench, batch * pages, 2, kv_heads, 16, 128).to(dtype)
             wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-                torch.empty(256 << 20, dtype=torch.uint8, device=bench.device),
-                "HND",
-                use_tensor_cores=True,
+                workspace, "HND", use_tensor_cores=True
             )
             wrapper.plan(
                 indptr,
@@ -494,16 +636,20 @@ def measure_generation(bench: Bench) -> None:
     """
     from bitkv.integrations.transformers import PackedCache
 
-    if bench.left < 60:
+    if bench.left < 40:
         print("no time left to generate", flush=True)
         return
     model, ids = bundled(bench)
     for text in generated_recipes(bench):
+        if bench.left < 40:
+            print(f"no time left to generate from {text}", flush=True)
+            return
         theirs, _ = greedy(bench, model, ids, PackedCache(model.config, text, backend="reference"))
+        greedy(bench, model, ids, PackedCache(model.config, text), count=2)  # compiles kernels
         mine, us = greedy(bench, model, ids, PackedCache(model.config, text))
         backend = last_backend()
         if not bench.dry and backend != "triton":
-            raise SystemExit(f"generation on a GPU ran on backend {backend}, not on triton")
+            raise RuntimeError(f"generation on a GPU ran on backend {backend}, not on triton")
         note = f"backend {backend}: {agreement(mine, theirs, ids.shape[1])} as the reference's"
         bench.add(Row("generate", text, batch=1, context=ids.shape[1], us=us, note=note))
 
@@ -514,7 +660,7 @@ def measure_static_generation(bench: Bench) -> None:
     The first call compiles and captures, the second is timed; both against a growing cache.
 
     Raises:
-        SystemExit: steps were compiled anew while the cache grew.
+        RuntimeError: steps were compiled anew while the cache grew.
     """
     from torch._dynamo.utils import counters
 
@@ -522,7 +668,7 @@ def measure_static_generation(bench: Bench) -> None:
 
     model, ids = bundled(bench)
     for text in generated_recipes(bench):
-        if bench.left < 60:
+        if bench.left < 40:
             print(f"no time left to compile generation from {text}", flush=True)
             return
         expected, _ = greedy(bench, model, ids, PackedCache(model.config, text))
@@ -537,7 +683,9 @@ def measure_static_generation(bench: Bench) -> None:
         note += f"{agreement(mine, expected, ids.shape[1])} as a growing cache's"
         bench.add(Row("generate", text, batch=1, context=ids.shape[1], us=us, note=note))
         if graphs != 1:
-            raise SystemExit(f"{text}: {graphs} graphs were compiled for the steps of one static cache")
+            raise RuntimeError(
+                f"{text}: {graphs} graphs were compiled for the steps of one static cache"
+            )
 
 
 def bundled(bench: Bench) -> tuple[Any, Tensor]:
@@ -551,11 +699,13 @@ def bundled(bench: Bench) -> tuple[Any, Tensor]:
     return model, ids[:, : 40 if bench.dry else 800].to(bench.device)
 
 
-def generated_recipes(bench: Bench) -> tuple[str, ...]:
-    return ("kivi2",) if bench.dry else ("kivi4", "kivi2", "quick2", "quick1", "fp16")
+def generated_recipes(bench: Bench) -> Sequence[str]:
+    return GENERATED_RECIPES[:1] if bench.dry else GENERATED_RECIPES
 
 
-def greedy(bench: Bench, model: Any, ids: Tensor, cache: Any) -> tuple[Any, float | None]:
+def greedy(
+    bench: Bench, model: Any, ids: Tensor, cache: Any, count: int = GENERATED
+) -> tuple[Any, float | None]:
     """What `generate` returns, with logits, and microseconds a token, the prompt included.
 
     In a dry run static caches are compiled too, though by no code generator.
@@ -566,7 +716,7 @@ def greedy(bench: Bench, model: Any, ids: Tensor, cache: Any) -> tuple[Any, floa
     if bench.dry and cache.is_compileable:
         options["compile_config"] = CompileConfig(backend="aot_eager", mode=None, fullgraph=True)
         options["compile_config"]._compile_all_devices = True
-    count = 4 if bench.dry else GENERATED
+    count = 4 if bench.dry else count
     start = time.perf_counter()
     out = model.generate(
         ids,
@@ -629,14 +779,23 @@ def report(bench: Bench, path: Path | None) -> None:
         path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print("\n== in short:", environment(bench)["device"], f"copy {bench.copy_gbps or 0:.0f} GB/s")
     for row in bench.rows:
-        if row.what not in ("check", "copy") or (row.what == "check" and "replayed" in row.note):
+        if row.what not in ("check", "copy", "launch") or (
+            row.what == "check" and "replayed" in row.note
+        ):
             print(line(row))
+    for name in dict.fromkeys(row.name for row in bench.rows if row.what == "launch"):
+        tried = [row for row in bench.rows if row.what == "launch" and row.name == name and row.us]
+        for row in sorted(tried, key=lambda row: row.us or 0)[:4]:
+            print(line(row))
+    for failure in bench.failures:
+        print("FAILED", failure[:300])
 
 
 STAGES: dict[str, Callable[[Bench], None]] = {
     "check": check_main,
     "copy": measure_copy,
     "attention": measure_main,
+    "launches": measure_launches,
     "replay": check_steps,
     "generate": measure_generation,
     "static": measure_static_generation,
@@ -661,10 +820,13 @@ def main() -> int:
         for name, stage in STAGES.items():
             if name in arguments.stages and bench.left > 0:
                 print(f"-- {name}, {bench.left:.0f} s left", flush=True)
-                stage(bench)
+                try:
+                    stage(bench)
+                except Exception:
+                    bench.fail(name)
     finally:
         report(bench, arguments.json)
-    return 0
+    return 1 if bench.failures else 0
 
 
 if __name__ == "__main__":

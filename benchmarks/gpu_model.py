@@ -28,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitkv.attention import triton as backend
-from bitkv.attention import triton_kernels
+from bitkv.attention import triton_kernels, triton_merge
 from bitkv.pages import AffineFormat, CodebookFormat, PageFormat
 
 RESULT = Path(os.path.relpath(Path(__file__).parent / "results" / "gpu_model.json"))
@@ -112,6 +112,7 @@ def compiled(form: Format) -> Kernel:
         window=False,
         softcap=False,
         assembly=not amd,
+        overlaps=not amd and int(form.target[3:]) >= 90,
         interpreted=False,
     )
     x = "*bf16" if form.dtype == "bfloat16" else "*fp16"
@@ -121,24 +122,25 @@ def compiled(form: Format) -> Kernel:
     parts = backend.Result("*fp32", "*fp32", "i32")
     signature = {
         "queries": backend.Queries(x, "*i64", *["i32"] * 7),
-        "cache": backend.Cache("*u8", "*i32", "*i32", x, x, "*i32", *["i32"] * 5),
+        "cache": backend.Cache("*u8", "*i32", "*i32", x, x, "*i32", *["i32"] * 4),
+        "table_width": "i32",
         "score": backend.Score("fp32", "fp32", "i32"),
         "result": parts,
         "books": backend.Books("*fp16", "*fp16", "*fp32", "*fp32", "*fp16", "*fp32", "i32"),
         "F": "constexpr",
     }
-    aligned = [*((0, i) for i in range(5)), *((1, i) for i in (*range(6), 8, 9)), (3, 0), (3, 1)]
-    aligned += [(4, i) for i in range(6)]
+    aligned = [*((0, i) for i in range(5)), *((1, i) for i in (*range(6), 7, 8)), (4, 0), (4, 1)]
+    aligned += [(5, i) for i in range(6)]
     source = ASTSource(
         triton_kernels.attend_kernel,
         signature=signature,
-        constexprs={(5,): variant},
+        constexprs={(6,): variant},
         attrs={path: [["tt.divisibility", 16]] for path in aligned},
     )
     kernel = triton.compile(source, target=target, options=options)
     signature = {"parts": parts, "result": parts._replace(out=x), "splits": "i32"}
     merge = ASTSource(
-        triton_kernels.merge_kernel,
+        triton_merge.merge_kernel,
         signature=signature | dict.fromkeys(("CHANNELS", "SPLITS", "F"), "constexpr"),
         constexprs={(3,): 32, (4,): 64, (5,): variant},
     )

@@ -14,7 +14,10 @@ from bitkv.evaluation.report import wilson
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "methods.md")
+DOCUMENTS = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "methods", "gpu")),
+)
 Rows = list[dict[str, Any]]
 
 
@@ -31,8 +34,9 @@ def main() -> None:
 
 
 def rows(name: str) -> Rows:
-    loaded: Rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    return loaded
+    loaded = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    found: Rows = loaded["rows"] if isinstance(loaded, dict) else loaded
+    return found
 
 
 def filled(text: str) -> str:
@@ -373,6 +377,88 @@ def gpu_model() -> str:
     return markdown([*headings, *times], lines)
 
 
+GPU_NAMES = {
+    "SDPA fp16, enable_gqa": "PyTorch SDPA, fp16",
+    "FlashInfer fp16": "FlashInfer, fp16",
+    "FlashInfer fp8": "FlashInfer, fp8",
+    "16-bit": "pages of 16 bits",
+    **{f"{b}-bit/page": f"{b} bit{'s' * (b > 1)}, groups of a page" for b in (4, 2, 1)},
+    **{f"{b}-bit/32": f"{b} bit{'s' * (b > 1)}, groups of 32" for b in (4, 2, 1)},
+}
+
+
+def gpu(cases: Sequence[tuple[int, int, int, int]], heading: Callable[..., str], *, copy: bool) -> str:
+    """Microseconds on a GPU, and how much faster than the fastest attention in 16 bits in that run.
+
+    Args:
+        cases: query heads, KV heads, context, batch.
+        heading: of a case.
+        copy: whether the share of the copy bandwidth is shown too.
+    """
+    columns = [[r for r in rows("gpu") if r["what"] == "attention" and case_of(r) == c] for c in cases]
+    lines = []
+    for name, label in GPU_NAMES.items():
+        line = [label]
+        for column in columns:
+            row = next(r for r in column if r["name"] == name)
+            share = f", {row['of_copy']:.0%}" if copy else ""
+            line.append(f"{row['us']:.1f} ({row['speedup']:.2f}×{share})")
+        lines.append(line)
+    return markdown(["", *(heading(*case) for case in cases)], lines)
+
+
+def case_of(row: dict[str, Any]) -> tuple[int, int, int, int]:
+    return row["heads"], row["kv_heads"], row["context"], row["batch"]
+
+
+def gpu_contexts() -> str:
+    """By context: 32 query heads, 8 KV heads, one sequence."""
+    contexts = (4096, 16384, 32768, 131072, 262144, 1048576)
+    return gpu([(32, 8, n, 1) for n in contexts], lambda *case: f"{case[2]:,}", copy=False)
+
+
+def gpu_shapes() -> str:
+    """By heads and batch."""
+    cases = [(64, 8, 131072, 1), (32, 32, 131072, 1), (32, 8, 32768, 8), (32, 8, 32768, 32)]
+    return gpu(cases, lambda h, kv, n, b: f"{h}/{kv} heads, {b} × {n:,}", copy=True)
+
+
+def gpu_codebooks() -> str:
+    """Codebooks at 131,072 tokens, as `launch_of` launches them."""
+    launch = "tile 128, 4 warps, 1 stages, 0 registers, 2 programs"
+    found = [r for r in rows("gpu") if r["what"] == "launch" and r["note"] == launch]
+    best = min(
+        r["us"]
+        for r in rows("gpu")
+        if r["name"] in ("16-bit", "SDPA fp16, enable_gqa")
+        and r["what"] == "attention"
+        and case_of(r) == (32, 8, 131072, 1)
+    )
+    lines = [[r["name"], f"{r['us']:.0f}", times(best / r["us"])] for r in found]
+    return markdown(["", "µs", "× 16 bits"], lines)
+
+
+def gpu_storing() -> str:
+    """A step of a static cache, and packing a prompt, one layer of 8 KV heads."""
+    found = rows("gpu_storing")
+    lines = []
+    for name in dict.fromkeys(r["name"] for r in found if r["what"] == "pack"):
+        mine = [r for r in found if r["name"] == name]
+        steps = [r["us"] for r in mine if r["what"] == "step"]
+        pack = next(r for r in mine if r["what"] == "pack")
+        lines.append([name, *(f"{us:.1f}" for us in steps), f"{pack['us']:.0f}", f"{pack['gbps']:,.0f}"])
+    headings = [
+        "",
+        "adds a token",
+        "packs a page",
+        "32 sequences: add",
+        "pack",
+        "32,768 tokens packed",
+        "GB/s",
+    ]
+    return markdown(headings, lines)
+
+
 def serving() -> str:
     """Decode steps and capacity inside vLLM, beside its own cache in the same run."""
     found = rows("serving")
@@ -433,6 +519,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode_cache": decode_cache,
     "decode_worst": decode_worst,
     "gpu_model": gpu_model,
+    "gpu_contexts": gpu_contexts,
+    "gpu_shapes": gpu_shapes,
+    "gpu_codebooks": gpu_codebooks,
+    "gpu_storing": gpu_storing,
 }
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bitkv.pages import PageFormat
-from bitkv.shared import PLAIN, Shared
+from bitkv.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class CacheView:
     hot_v: Tensor
     hot_len: Tensor
     num_sink_tokens: int
-    key: Shared = PLAIN
-    value: Shared = PLAIN
+    key: Shared
+    value: Shared
     hot_rows: Tensor | None = None
 
     @property

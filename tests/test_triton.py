@@ -251,7 +251,7 @@ def test_it_says_what_it_got_and_what_it_takes(monkeypatch):
 
 def test_programs_fill_the_device_and_none_is_without_work():
     assert splits_of(grid=8, max_pages=1024, hot_capacity=260, slots=1056) == 132
-    assert splits_of(grid=8, max_pages=2, hot_capacity=260, slots=1056) == 9
+    assert splits_of(grid=8, max_pages=2, hot_capacity=260, slots=1056) == 17
     assert splits_of(grid=4096, max_pages=1024, hot_capacity=260, slots=1056) == 1
     assert splits_of(grid=0, max_pages=0, hot_capacity=0, slots=1056) == 1
 
@@ -260,7 +260,8 @@ def test_one_warp_serves_up_to_eight_queries_of_codes():
     form = new_layer("kivi2").page_format(128, HALF)
     assert launch_of(form, 1)[:3:2] == launch_of(form, 8)[:3:2] == (8, 1)
     assert launch_of(form, 4, amd=True).columns == 16
-    assert launch_of(form, 1000).columns == 32
+    assert launch_of(form, 1000) == launch_of(form, 8)
+    assert launch_of(new_layer("fp16").page_format(128, HALF), 1000).columns == 32
 
 
 @pytest.mark.parametrize(("bits", "head_dim"), [(1, 64), (1, 128), (2, 96), (4, 80), (8, 256)])

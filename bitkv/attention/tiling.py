@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from bitkv.attention.lookups import Lookup
 from bitkv.pages import WORD_BITS, AffineFormat
 
-HOT_TOKENS = 32  # of the hot window, that a program takes at a time
+HOT_TOKENS = 16  # of the hot window, that a program takes at a time
 
 
 def power_of_two(n: int) -> int:
@@ -158,6 +158,7 @@ class Variant:
         causal: whether queries are the newest tokens and see those up to their own.
         window, softcap: whether there is one.
         assembly: whether codes are masked by inline assembly of NVIDIA's.
+        overlaps: whether the merge may start while splits end.
         interpreted: whether Triton's interpreter runs the kernel.
         maps_queries: whether pages meet other queries than the hot window.
         map_heads, map_width: of the linear map from sums over pages to sums of values; 0 for none.
@@ -174,6 +175,7 @@ class Variant:
     window: bool
     softcap: bool
     assembly: bool
+    overlaps: bool
     interpreted: bool
     maps_queries: bool = False
     map_heads: int = 0

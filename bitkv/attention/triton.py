@@ -2,7 +2,7 @@
 
 Tokens are shared out among programs (split-KV) and their results merged by log-sum-exp. Lengths stay on
 the device: the number of programs follows from shapes alone, so a captured graph stays valid while
-sequences grow. The kernels are in `triton_kernels`, which is imported with the first call.
+sequences grow. The kernels are in `triton_kernels` and `triton_merge`, imported with the first call.
 """
 
 import os
@@ -25,7 +25,7 @@ from bitkv.shared import Shared
 from bitkv.view import CacheView
 
 _DTYPES = tuple(RAW_DTYPES.values())
-_MERGED_CHANNELS, _MERGED_SPLITS = 32, 64  # of a program that merges
+_MERGED_FEW, _MERGED_MANY = (128, 16), (16, 256)  # channels and splits of a program that merges
 _LARGEST_WIDTH = 512
 _LEAST_KEY_BYTES = (
     512  # below, codes that lie in different bits of a word are of fewer than 16 tokens each
@@ -56,7 +56,6 @@ class Cache(NamedTuple):
     hot_v: Tensor
     hot_len: Tensor
     kv_heads: int
-    table_width: int
     stride_b: int
     stride_h: int
     sinks: int
@@ -124,22 +123,33 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+def _machine(device: torch.device) -> dict[str, bool]:
+    """What of a `Variant` follows from where it runs. Kernels of NVIDIA's overlap from Hopper on."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    overlaps = nvidia and _capability(device) >= (9, 0)
+    return {"assembly": nvidia, "overlaps": overlaps, "interpreted": interpreted()}
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
 def launch_of(form: PageFormat, rows: int, *, amd: bool = False) -> Launch:
-    """Parameters for `rows` queries that share a KV head.
+    """Parameters for `rows` queries that share a KV head; measured on an H200 (docs/gpu.md).
 
     Few queries leave tensor cores idle whatever one does: what counts is instructions, and programs of
-    one warp need the fewest, without barriers and without an exchange of weights between warps. They
-    take tiles that leave them registers. Unquantized pages and many queries need more warps.
+    one warp need the fewest, without barriers and without an exchange of weights between warps. Eight
+    queries are the least a product takes, and with more a program would not have the registers: they are
+    other programs' work, which find the page in the second-level cache.
     """
     columns = min(max(1 << (rows - 1).bit_length(), 16 if amd else 8), 32)
     if any(isinstance(part, CodebookFormat) for part in (form.key, form.value)):
-        return Launch(columns, 64, 8, 1, 2)
+        return Launch(columns, 128, 4, 1, 2)
     key, value = form.affine
     if key.is_raw or value.is_raw:
         return Launch(columns, 128, 4, 1, 3)
-    if columns > 16:
-        return Launch(columns, 128, 4, 2, 2)
-    bits = max(key.bits, value.bits)
+    columns, bits = min(columns, 16 if amd else 8), max(key.bits, value.bits)
     if columns * form.head_dim > 1024 or bits > 4:
         return Launch(columns, 32, 2 if form.head_dim <= 128 else 4, 2, 4)
     return Launch(columns, 32 if bits <= 2 else 16, 1, 2, 8)
@@ -189,7 +199,7 @@ def _attend(
     )
     cache = Cache(
         *(pages, block_table, packed_len, hot_k, hot_v, hot_len),
-        *(hot_k.shape[1], block_table.shape[1], *hot_k.stride()[:2], num_sink_tokens),
+        *(hot_k.shape[1], *hot_k.stride()[:2], num_sink_tokens),
     )
     if lse.numel():
         form = PageFormat.of_numbers(tuple(key), tuple(value), head_dim=q.shape[3])
@@ -202,8 +212,7 @@ def _attend(
             causal=positions is None,
             window=window < EVERY_TOKEN,
             softcap=softcap > 0,
-            assembly=q.is_cuda and torch.version.hip is None,
-            interpreted=interpreted(),
+            **_machine(q.device),
         )
         books = _books(given, q, cache, form.page_size)
         score = Score(scale * log2(e), softcap, window)
@@ -241,13 +250,14 @@ def _reading(
 
 
 def _books(given: Given, q: Tensor, cache: Cache, page_size: int) -> Books:
+    table_width = cache.block_table.shape[1]
     inv_freq, nothing = given.inv_freq, cache.packed_len
     mapped = nothing if given.key_map is None else _mapped(q, given.key_map)
     return Books(
         nothing if given.key_codebook is None else book_of(given.key_codebook),
         nothing if given.value_codebook is None else book_of(given.value_codebook),
         nothing if given.value_map is None else given.value_map.float().contiguous(),
-        nothing if inv_freq is None else starts_of(inv_freq, cache.sinks, page_size, cache.table_width),
+        nothing if inv_freq is None else starts_of(inv_freq, cache.sinks, page_size, table_width),
         nothing if inv_freq is None else turns_of(inv_freq, given.turn_factor, page_size),
         *(mapped, mapped.shape[-1]),
     )
@@ -270,20 +280,23 @@ def _launch(
     books: Books,
 ) -> None:
     """Run the kernels; with one split the first one writes the result itself."""
-    from bitkv.attention import triton_kernels as kernels
+    from bitkv.attention.triton_kernels import attend_kernel
+    from bitkv.attention.triton_merge import merge_kernel
 
     q = queries.q
     columns = queries.ratio * queries.length
     grid = cache.kv_heads * -(-columns // launch.columns), q.shape[0]
     slots = _processors(q.device) * launch.programs
-    splits = splits_of(grid[0] * grid[1], cache.table_width, cache.hot_k.shape[2], slots)
+    table_width = cache.block_table.shape[1]
+    splits = splits_of(grid[0] * grid[1], table_width, cache.hot_k.shape[2], slots)
     parts = result
     if splits > 1:
         out = q.new_empty(splits, result.rows, variant.head_dim, dtype=torch.float32)
         parts = Result(out, q.new_empty(out.shape[:2], dtype=torch.float32), result.rows)
-    kernels.attend_kernel[splits, *grid](
+    attend_kernel[splits, *grid](
         queries,
         cache,
+        table_width,
         score,
         parts,
         books,
@@ -293,9 +306,10 @@ def _launch(
         enable_fp_fusion=True,
     )
     if splits > 1:
-        blocks = -(-variant.head_dim // _MERGED_CHANNELS)
-        block = _MERGED_CHANNELS, _MERGED_SPLITS
-        kernels.merge_kernel[result.rows, blocks](parts, result, splits, *block, variant)
+        block = _MERGED_FEW if splits <= _MERGED_FEW[1] else _MERGED_MANY
+        blocks = -(-variant.head_dim // block[0])
+        options = {"launch_pdl": True} if variant.overlaps else {}
+        merge_kernel[result.rows, blocks](parts, result, splits, *block, variant, **options)
 
 
 triton_attend = torch.library.custom_op("bitkv::triton_attend", _attend, mutates_args=())

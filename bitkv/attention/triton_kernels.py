@@ -1,4 +1,4 @@
-"""The kernels of the backend "triton": attention over a split of the tokens, and the merge of splits.
+"""The kernel of the backend "triton": attention over a split of the tokens (`triton_merge`: the merge).
 
 The orientation is transposed: a tile of scores is `[tokens, columns]`, a column being one query of one
 of the heads that share a KV head, and outputs are `[channels, columns]`. Codes are thus the first
@@ -9,6 +9,7 @@ would need sixteen rows at least.
 # ruff: noqa: RET505, RUF005 (Triton compiles what follows a return, and has no starred tuples)
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from bitkv.attention import tiling
 from bitkv.attention.triton_lookups import add_coded_values, coded_scores, column_channel
@@ -160,6 +161,7 @@ def _score_page(page, number, tiles, factor, books, head, score, RAW: tl.constex
 def _attend_pages(
     base,
     table,
+    number,
     span,
     first_token,
     tiles,
@@ -175,7 +177,7 @@ def _attend_pages(
 
     Args:
         base, stride: the KV head's bytes in page 0 of the pool, and bytes from page to page.
-        table: pointer to the sequence's row of the block table.
+        table, number: pointer to the sequence's row of the block table, and what it names at the first.
         limits: the last token each column sees, the least of them, the first token that all see.
     """
     V: tl.constexpr = F.values
@@ -187,10 +189,9 @@ def _attend_pages(
     total = tl.full((F.columns,), 0.0, tl.float32)
     acc = _repeat(tl.full((V.padded_tile, F.columns), 0.0, tl.float32), V.all_tiles)
     shift = _repeat(total, V.groups)
-    number = tl.load(table + first, mask=first < stop, other=0)
     for i in range(first, stop):
         page = pages + number.to(tl.int64) * stride
-        number = tl.load(table + i + 1, mask=i + 1 < stop, other=0)  # now: its page waits for it
+        number = tl.load(table + i + 1, mask=i + 1 < stop, other=0)
         token = first_token + i * F.page_size
         s, a, b = _score_page(page, i, tiles, factor, books, head, score, RAW, F)
         if (token + F.page_size - 1 > low) | (token < full):  # most pages are seen by all, entirely
@@ -294,15 +295,36 @@ def _store(result, split, row, real, high, total, acc, F: tl.constexpr):
 
 
 @triton.jit
-def attend_kernel(queries, cache, score, result, books, F: tl.constexpr):
+def _last_seen(queries, b, query, real, length, F: tl.constexpr):
+    """The last token each column sees, -1 where there is no column."""
+    if F.causal:
+        return tl.where(real, length - queries.length + query, -1)
+    else:
+        at = b * queries.last_stride_b + query * queries.last_stride_t
+        return tl.load(queries.positions + at, mask=real, other=-1).to(tl.int32)
+
+
+@triton.jit
+def _share(span):
+    """A split's pages of the span: the first splits take one more where it does not come out even."""
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    share, more = (span[1] - span[0]) // splits, (span[1] - span[0]) % splits
+    first = span[0] + split * share + tl.minimum(split, more)
+    return first, first + share + tl.where(split < more, 1, 0)
+
+
+@triton.jit(do_not_specialize=["table_width"])  # it grows with the cache, which must not compile anew
+def attend_kernel(queries, cache, table_width, score, result, books, F: tl.constexpr):
     """One split of the tokens of a sequence, for `F.columns` queries that share a KV head.
 
     Grid (splits, KV heads * blocks of columns, sequences). A split takes its share of the sequence's
     pages and of the tiles of its hot window; lengths are read here, never by the host.
 
     Args: `Queries`, `Cache`, `Score`, `Result`, `Books` of the module `triton`; tensors are pointers.
+        `table_width` is the length of a row of the block table.
     """
-    split, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    split, splits, b = tl.program_id(0), tl.num_programs(0), tl.program_id(2).to(tl.int64)
+    packed, count = tl.load(cache.packed_len + b), tl.load(cache.hot_len + b)
     rows = queries.ratio * queries.length
     blocks = tl.cdiv(rows, F.columns)
     head = tl.program_id(1) // blocks
@@ -310,25 +332,22 @@ def attend_kernel(queries, cache, score, result, books, F: tl.constexpr):
     real, query = column < rows, column % queries.length
     q_head = head * queries.ratio + column // queries.length
     q = queries.q + b * queries.stride_b + q_head * queries.stride_h + query * queries.stride_t
+    last = _last_seen(queries, b, query, real, packed + count, F)
+    span, limits = _visible_pages(last, real, packed, cache.sinks, score.window, F)
+    first, stop = _share(span)
+    table = cache.block_table + b * table_width
+    number = tl.load(table + first, mask=first < stop, other=0)  # its page waits for it
+
     paged = q
     if F.maps_queries:  # contiguous, as results are
         paged = books.queries + ((b * cache.kv_heads + head) * rows + column) * books.width
     tiles, factor = _prepare_queries(paged, real, score.factor, cache.hot_k.dtype.element_ty, F)
-
-    packed, count = tl.load(cache.packed_len + b), tl.load(cache.hot_len + b)
-    if F.causal:
-        last = tl.where(real, packed + count - queries.length + query, -1)
-    else:
-        at = b * queries.last_stride_b + query * queries.last_stride_t
-        last = tl.load(queries.positions + at, mask=real, other=-1).to(tl.int32)
-    span, limits = _visible_pages(last, real, packed, cache.sinks, score.window, F)
-    share = tl.cdiv(span[1] - span[0], tl.num_programs(0))
-    first = span[0] + split * share
     pages = cache.pages + head * F.page_bytes, cache.kv_heads * F.page_bytes
     state = _attend_pages(
         pages,
-        cache.block_table + b * cache.table_width,
-        (first, tl.minimum(first + share, span[1])),
+        table,
+        number,
+        (first, stop),
         cache.sinks,
         tiles,
         factor,
@@ -340,51 +359,15 @@ def attend_kernel(queries, cache, score, result, books, F: tl.constexpr):
         F,
     )
     hot = b * cache.stride_b + head * cache.stride_h
-    for i in range(split, tl.cdiv(count, HOT_TOKENS), tl.num_programs(0)):
+    # the last splits have fewer pages
+    for i in range(splits - 1 - split, tl.cdiv(count, HOT_TOKENS), splits):
         slot = i * HOT_TOKENS + tl.arange(0, HOT_TOKENS)
         row = hot + slot.to(tl.int64) * F.head_dim
         bounds = count, cache.sinks, packed
         k, v = cache.hot_k + row, cache.hot_v + row
         state = _attend_hot(slot, bounds, k, v, q, last, score, state, F)
     high, total, acc = state
+    if F.overlaps:
+        gdc_launch_dependents()
     place = (b * cache.kv_heads + head) * rows + column
     _store(result, split, place, real, high, total, acc, F)
-
-
-@triton.jit
-def merge_kernel(
-    parts,
-    result,
-    splits,
-    CHANNELS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    F: tl.constexpr,
-):
-    """Output of a query and its log-sum-exp from those of its splits.
-
-    Grid (queries, blocks of `CHANNELS` channels); `SPLITS` at a time.
-
-    Args: two `Result`s of the module `triton`. The output of a split whose log-sum-exp is minus
-    infinity has no weight, whatever it is.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    high = tl.full((), float("-inf"), tl.float32)
-    total = tl.full((), 0.0, tl.float32)
-    acc = tl.full((CHANNELS,), 0.0, tl.float32)
-    for first in range(0, splits, SPLITS):
-        split = first + tl.arange(0, SPLITS)
-        at = split * result.rows + row
-        lse = tl.load(parts.lse + at, mask=split < splits, other=float("-inf")) * LOG2_E
-        top = tl.maximum(high, tl.max(lse, 0))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weight, decay = tl.exp2(lse - base), tl.exp2(high - base)
-        mask = (weight > 0)[:, None] & (channel < F.head_dim)[None, :]
-        part = tl.load(parts.out + at[:, None] * F.head_dim + channel[None, :], mask=mask, other=0)
-        acc = acc * decay + tl.sum(part * weight[:, None], 0)
-        total = total * decay + tl.sum(weight, 0)
-        high = top
-    total = tl.where(total == 0, 1.0, total)
-    out = narrow(acc / total, result.out.dtype.element_ty, F)
-    tl.store(result.out + row * F.head_dim + channel, out, mask=channel < F.head_dim)
-    tl.store(result.lse + row, (high + tl.log2(total)) * LN_2)

@@ -141,7 +141,6 @@ def repeat_pages(layer: PagedLayer, num_pages: Sequence[int]) -> None:
     """Copy each sequence's pages behind one another until it has `num_pages` of them."""
     tables, hot = layer.page_lists(), layer.hot_len.tolist()
     for row, wanted in zip(tables, num_pages, strict=True):
-        source = layer.pool.data[row]
         while missing := wanted - len(row):
-            row += layer.pool.store(source[:missing])
+            row += layer.pool.store(layer.pool.data[row[:missing]])
     layer.set_sequences(tables, hot)
