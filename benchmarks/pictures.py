@@ -25,6 +25,46 @@ def decode(path: Path) -> None:
     benchmark.plot_decode(benchmark.read_json(RESULTS / "decode.json", benchmark.DecodeRow), path)
 
 
+GPU_LINES = {  # names in gpu.json: label, colour, style, where the label stands in points
+    "FlashInfer fp16": ("FlashInfer fp16", "#999999", "--", 8),
+    "16-bit": ("16 bits", "#000000", "-", -7),
+    "FlashInfer fp8": ("FlashInfer fp8", "#CC79A7", "--", 0),
+    "4-bit/page": ("4 bits", "#D55E00", "-", 0),
+    "1-bit/page": ("1 bit", "#009E73", "-", 6),
+    "2-bit/page": ("2 bits", "#0072B2", "-", -7),
+}
+
+
+def gpu(rows: list[dict[str, Any]], path: Path) -> None:
+    """Microseconds of attention on a GPU against context: 32 query heads, 8 KV heads, one sequence."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shape = {"what": "attention", "heads": 32, "kv_heads": 8, "batch": 1}
+    shown = [row for row in rows if shape.items() <= row.items() and row["us"]]
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for name, (label, colour, style, height) in GPU_LINES.items():
+        points = sorted((row["context"], row["us"]) for row in shown if row["name"] == name)
+        axes.plot(*zip(*points, strict=True), style, marker="o", markersize=4, color=colour)
+        axes.annotate(
+            label,
+            points[-1],
+            xytext=(8, height),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+        )
+    contexts = sorted({row["context"] for row in shown})
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds", xlim=(3600, 2.4e6))
+    axes.set_xticks(contexts, [f"{n >> 10}K" if n < 1 << 20 else "1M" for n in contexts])
+    axes.set_yticks([10, 30, 100, 300, 1000], ["10", "30", "100", "300", "1000"])
+    axes.minorticks_off()
+    axes.grid(color="#eeeeee")
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def quality(rows: list[dict[str, Any]], path: Path) -> None:
     """What is lost against measured bits: KL divergence, and needle recall at the longest length."""
     matplotlib.use("Agg")

@@ -29,6 +29,7 @@ def main() -> None:
     pictures.quality([*rows("quality"), *rows("recall")], ROOT / "docs" / "quality.png")
     methods.picture(rows("methods"), rows("methods_stress"), ROOT / "docs" / "methods.png")
     pictures.attention(ROOT / "docs" / "attention.png")
+    pictures.gpu(rows("gpu"), ROOT / "docs" / "gpu.png")
     if (RESULTS / "decode.json").exists():
         pictures.decode(ROOT / "docs" / "decode.png")
 

@@ -109,5 +109,21 @@ def test_the_main_loop_is_no_longer_than_it_was(kernels, bits, limit):
     assert 1000 < len(loop) <= limit
 
 
+GROWING = """
+from bitkv.attention import triton_kernels, triton_merge
+for kernel in (triton_kernels.attend_kernel, triton_merge.merge_kernel):
+    print(*(p.name for p in kernel.params if p.do_not_specialize))
+"""
+
+
+def test_what_grows_with_a_cache_is_no_constant_of_a_kernel():
+    """Triton would compile anew where a length becomes a multiple of 16: seconds amid a generation."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", GROWING], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.stdout.split() == ["table_width", "splits"], done.stderr
+
+
 def test_nothing_keeps_amd_out(kernels):
     assert "v_mfma" in kernels[name(AMD)]["assembly"]
