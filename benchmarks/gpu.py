@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bitkv.attention import attend, last_backend
-from bitkv.attention import triton as backend
+from bitkv.attention import triton as kernels
 from bitkv.attention.triton import Launch
 from bitkv.benchmark.synthetic import Shape, new_layer, repeat_pages
 from bitkv.layer import PagedLayer
@@ -300,7 +300,7 @@ def check_format(check: Check, dry: bool) -> Row | None:
     try:
         layer = filled(bench, text, kv_heads, 300 if dry else 2500, 1, head_dim)
     except ValueError as error:
-        if "is not a multiple of" in str(error):
+        if "is not a multiple of group_size" in str(error):
             return None
         raise ValueError(f"{check}: {error}") from error
     q = gaussian(bench, 1, heads, queries, head_dim)
@@ -455,7 +455,7 @@ def kind_of(text: str) -> str:
 def warm_launch(task: tuple[str, Choice], dry: bool) -> tuple[str, Choice]:
     """Compile a kernel for a launch."""
     text, choice = task
-    backend.launch_of = lambda *_, **__: Launch(8, *choice, 4)
+    kernels.launch_of = lambda *_, **__: Launch(8, *choice, 4)
     bench = Bench(0, dry)
     attend(gaussian(bench, 1, 32, 1, 128), filled(bench, text, 8, 2500, 1).view(), backend="triton")
     return task
@@ -486,14 +486,14 @@ def measure_launch(
     note = (
         f"tile {launch.tile}, {launch.warps} warps, {launch.stages} stages, {launch.programs} programs"
     )
-    own = backend.launch_of
-    backend.launch_of = lambda *_, **__: launch
+    own = kernels.launch_of
+    kernels.launch_of = lambda *_, **__: launch
     try:
         bench.add(Row("launch", name, *MAIN, us=bench.time(calls, repeats=9), note=note), nbytes)
     except Exception:
         bench.fail(f"{name}, {note}")
     finally:
-        backend.launch_of = own
+        kernels.launch_of = own
 
 
 def copied_views(

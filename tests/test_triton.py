@@ -118,6 +118,14 @@ def test_shapes_and_arguments(case):
     assert_rule(case, "triton")
 
 
+@pytest.mark.parametrize("at_once", [256, 16])
+def test_more_splits_than_a_merge_takes_at_once(monkeypatch, at_once):
+    """As on a device of many processors; some splits have no pages, one sequence has no tokens."""
+    monkeypatch.setattr("bitkv.attention.triton._processors", lambda _: 132)
+    monkeypatch.setattr("bitkv.attention.triton._MERGED_MANY", (16, at_once))
+    assert_rule(Case((2600, 300, 0), heads=4, kv_heads=1), "triton")
+
+
 @pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (1, 0), (70, 64), (200, 1), (4, 300)])
 def test_sinks_and_recent_tokens(sinks, recent):
     codecs = Affine(2, "channel", "page"), Affine(2, "token", "page")

@@ -13,10 +13,9 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from bitkv.attention import tiling
 from bitkv.attention.triton_lookups import add_coded_values, coded_scores, column_channel
+from bitkv.attention.triton_merge import LN_2, LOG2_E
 from bitkv.attention.triton_pages import add_values, dot, load_words, narrow, page_scores
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 # weights are 2**6 times probabilities: products with scales stay clear of underflow down to
 # probabilities of 2**-20, and of overflow up to scales of 2**9
 HEADROOM = tl.constexpr(6)
