@@ -6,8 +6,10 @@
 #include "rows.h"
 #include "decode.h"
 #if defined(BITKV_LOOKUP)
-
+#include "tables.h"
 #include "lookup.h"
+#include "turned.h"
+#include "values.h"
 #endif
 
 namespace bitkv::BITKV_ISA {

@@ -100,7 +100,7 @@ struct EncodeCodesRequest {
   int threads;
 };
 
-// What tables are made of a codebook for: see lookup.h.
+// What tables are made of a codebook for: see tables.h.
 enum class TableKind : int { values = 0, keys = 1, turned_keys = 2 };
 
 struct TablesRequest {

@@ -1,4 +1,4 @@
-// Pages of indices into a codebook, many at a time: see lookup.h.
+// Pages of indices into a codebook, many at a time: see lookup.h, turned.h and values.h.
 //
 // No include guard: attend.h includes this where bytes can be looked up.
 

@@ -1,0 +1,246 @@
+// Keys before the rotary embedding, looked up: entries as 16-bit integers, turned in pairs of channels and multiplied
+// with four rows while they are in registers; where codes are coarse, rounded to bytes before that, and slow pairs not
+// turned within a page.
+//
+// No include guard: attend.h includes this once.
+
+namespace bitkv::BITKV_ISA {
+
+constexpr int kPairs = 16;            // of channels that are turned while sums are in registers
+constexpr float kStillAngle = 0.03f;  // in a page, that is as good as none where codes are coarse
+
+// Cosines and sines of places in a page times 2^15, as 16-bit words of even and of odd tokens:
+// [pairs][vectors of 64 tokens][cos even, cos odd, sin even, sin odd][32].
+inline void turn_table(const Turns& turns, int16_t* out) {
+  for (int i = 0; i < turns.pairs; ++i) {
+    for (int t = 0; t < turns.page_size; ++t) {
+      int16_t* to = out + (size_t(i) * turns.page_size + t / 64 * 64) * 2 + t % 2 * 32 + t % 64 / 2;
+      const size_t at = size_t(t) * turns.pairs + i;
+      to[0] = int16_t(std::nearbyint(32767 * turns.cos[at])), to[64] = int16_t(std::nearbyint(32767 * turns.sin[at]));
+    }
+  }
+}
+
+// The entries of 64 tokens in one channel as 16-bit words: those of even and of odd tokens.
+struct Words {
+  V even, odd;
+
+  [[gnu::always_inline]] explicit Words(V high)
+      : even(_mm512_slli_epi16(high, 8)), odd(_mm512_and_si512(high, _mm512_set1_epi16(int16_t(0xff00)))) {}
+
+  // Looked up in the high parts, and in the low parts where they are needed.
+  template <bool kFine>
+  [[gnu::always_inline]] static Words of(const Tables& tables, int channel, const Index& index) {
+    const uint8_t* table = tables.of(channel);
+    Words x(index.look_up(table));
+    if constexpr (kFine) {
+      const V low = index.look_up(table + tables.low());
+      x.even = _mm512_ternarylogic_epi32(x.even, low, _mm512_set1_epi16(int16_t(0xff00)), 0xf4);
+      x.odd = _mm512_or_si512(x.odd, _mm512_srli_epi16(low, 8));
+    }
+    return x;
+  }
+};
+
+// Rows of a page's queries in each pair (a, b), and what their sums are multiples of.
+struct TurnedQueries {
+  alignas(64) int32_t words[kRows][kColumns / 2];  // 16-bit words a, b of each pair
+  alignas(64) int32_t bytes[kRows][kColumns / 4];  // bytes a, a', b, b' of each two pairs
+  float unit[kRows], offset[kRows];
+};
+
+// Pairs whose channels share codes with those of their neighbour, so that two pairs are looked up together.
+inline bool are_even(int pairs, int channels) { return pairs % 2 == 0 && channels % 2 == 0; }
+
+// Whether bytes will do for queries x in the units of their channels, whose keys' errors are known.
+inline bool are_coarse(const float* x, int width, const Tables& tables) {
+  F top = set(0), error = set(0);
+  for (int c = 0; c < width; c += kLanes) {
+    const F xc = load(x + c);
+    top = max(top, abs(xc * load(tables.units() + c)));
+    error = fma(xc * xc, load(tables.errors() + c), error);
+  }
+  const float unit = max(top) * (std::sqrt(2.0f) / 127);  // turning may make one larger
+  return unit * unit / 12 * tables.squares() <= kLookupShare * kLookupShare * sum(error);
+}
+
+// Queries as words.
+inline void round_turned_to_words(const float* x, int pairs, const float* units, TurnedQueries& q, int row) {
+  F total = set(0), top = set(0);
+  for (int i = 0; i < 2 * pairs; i += kLanes) {
+    const F y = abs(load(x + i) * load(units + i));
+    total = total + y, top = max(top, y);
+  }
+  // no sum of products may pass 2^31, keys being below 2^15
+  const float unit = std::max({sum(total) / 65000, max(top) / 32767, 1e-30f});
+  q.unit[row] = unit, q.offset[row] = 0;
+  for (int i = 0; i < pairs; i += kLanes) {
+    const V a = to_int(load(x + i) * load(units + i) * set(1 / unit)).v;
+    const V b = to_int(load(x + pairs + i) * load(units + pairs + i) * set(1 / unit)).v;
+    store_int(q.words[row] + i, {_mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16))});
+  }
+}
+
+// H rows of queries as bytes, for keys that are 256 (byte - 128), and half a byte more where they were turned, which
+// rounds them down: those of the pairs before `still`.
+template <int H>
+inline void round_turned_to_bytes(const float* x, int stride, int pairs, int still, const float* units, TurnedQueries& q, int row) {
+  F top[H];
+  repeat<H>([&](auto h) { top[h] = set(0); });
+  for (int i = 0; i < 2 * pairs; i += kLanes) {
+    repeat<H>([&](auto h) { top[h] = max(top[h], abs(load(x + h * stride + i) * load(units + i))); });
+  }
+  float largest[H], offset[H];
+  maxima_of<H>(top, largest);
+  F offsets[H];
+  repeat<H>([&](auto h) {
+    const float unit = std::max(largest[h] / 127, 1e-30f);
+    const F inverse = set(1 / unit);
+    F all = set(0);
+    for (int i = 0; i < pairs; i += kLanes) {
+      const I a = to_int(load(x + h * stride + i) * load(units + i) * inverse);
+      const I b = to_int(load(x + h * stride + pairs + i) * load(units + pairs + i) * inverse);
+      all = fma(to_float(a + b), set(i < still ? -127.5f : -128), all);
+      const __m128i low = _mm512_cvtepi32_epi8(a.v), high = _mm512_cvtepi32_epi8(b.v);
+      auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
+      _mm_store_si128(to, _mm_unpacklo_epi16(low, high)), _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, high));
+    }
+    q.unit[row + h] = 256 * unit, offsets[h] = all;
+  });
+  sums_of<H>(offsets, offset);
+  for (int h = 0; h < H; ++h) q.offset[row + h] = q.unit[row + h] * offset[h];
+}
+
+// Everything that scores of keys before the rotary embedding are made of.
+struct TurnedKeys {
+  const Codes& codes;
+  const Tables& tables;
+  int channels, pairs;
+  const int16_t* turns;
+  const TurnedQueries* queries;  // of each page
+};
+
+// Codes of vector v for pair i, and of those after it up to `end`.
+struct PairCodes {
+  Index x, y;
+  int end;
+
+  [[gnu::always_inline]] PairCodes(const TurnedKeys& keys, int v, int i)
+      : x(at(keys, v, i / keys.channels)), y(at(keys, v, (i + keys.pairs) / keys.channels)),
+        end(std::min((i / keys.channels + 1) * keys.channels,
+                     ((i + keys.pairs) / keys.channels + 1) * keys.channels - keys.pairs)) {}
+
+ private:
+  [[gnu::always_inline]] static Index at(const TurnedKeys& keys, int v, int group) {
+    return Index(load_v(keys.codes.from[v] + group * keys.codes.stride));
+  }
+};
+
+// Channels x and y, turned by an angle: p and q.
+struct Turned {
+  V p, q;
+
+  [[gnu::always_inline]] Turned(V x, V y, V cos, V sin)
+      : p(_mm512_sub_epi16(_mm512_mulhrs_epi16(x, cos), _mm512_mulhrs_epi16(y, sin))),
+        q(_mm512_add_epi16(_mm512_mulhrs_epi16(y, cos), _mm512_mulhrs_epi16(x, sin))) {}
+};
+
+// sums[h][tokens] += channels i and i + pairs, turned, times those of queries, for pairs [first, last) and H rows from
+// `row` on.
+template <bool kFine, int H>
+[[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
+  const Codes& codes = keys.codes;
+  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
+  for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
+    const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
+    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    fetch.steps(last - first);
+    V acc[H][4];
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    for (int i = first; i < last;) {
+      const PairCodes of(keys, v, i);
+      const int end = std::min(last, of.end);
+      for (; i < end; ++i, angle += codes.page_size / 16) {
+        const Words x = Words::of<kFine>(keys.tables, i, of.x), y = Words::of<kFine>(keys.tables, i + pairs, of.y);
+        const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
+        const V key[4] = {_mm512_unpacklo_epi16(even.p, even.q), _mm512_unpackhi_epi16(even.p, even.q),
+                          _mm512_unpacklo_epi16(odd.p, odd.q), _mm512_unpackhi_epi16(odd.p, odd.q)};
+        repeat<H>([&](auto h) {
+          const V number = _mm512_set1_epi32(q[h][i]);
+          repeat<4>([&](auto j) { acc[h][j] = dot_words(acc[h][j], key[j], number); });
+        });
+      }
+    }
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
+  }
+}
+
+// The same with bytes, two pairs at a time, for an even first and last pair. kStill: of pairs that hardly turn within a
+// page.
+template <bool kStill, int H>
+[[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
+  const Codes& codes = keys.codes;
+  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
+  const auto bytes_of = [&](V low, V other) __attribute__((always_inline)) {  // low bytes of one, high ones of the other
+    return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
+  };
+  for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
+    const int32_t(*queries)[kColumns / 4] = keys.queries[v / per_page].bytes + row;
+    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    const size_t next = codes.page_size / 16;  // from a pair's angles to the next ones
+    fetch.steps(last - first);
+    V acc[H][4];
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    for (int i = first; i < last;) {
+      const PairCodes of(keys, v, i);
+      const int end = std::min(last, of.end);
+      for (; i < end; i += 2, angle += 2 * next) {
+        const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + pairs);
+        V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
+        if constexpr (kStill) {
+          const V x = of.x.look_up(x_table), x2 = of.x.look_up(x_table + kEntries);
+          const V y = of.y.look_up(y_table), y2 = of.y.look_up(y_table + kEntries);
+          p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
+          q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
+        } else {
+          const Words x(of.x.look_up(x_table)), y(of.y.look_up(y_table));
+          const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
+          const V* a2 = angle + next;
+          const Words x2(of.x.look_up(x_table + kEntries)), y2(of.y.look_up(y_table + kEntries));
+          const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
+          p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
+          q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
+        }
+        const V key[4] = {_mm512_unpacklo_epi16(p[0], q[0]), _mm512_unpackhi_epi16(p[0], q[0]),
+                          _mm512_unpacklo_epi16(p[1], q[1]), _mm512_unpackhi_epi16(p[1], q[1])};
+        repeat<H>([&](auto h) {
+          const V number = _mm512_set1_epi32(queries[h][i / 2]);
+          repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key[j], number); });
+        });
+      }
+    }
+    repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
+  }
+}
+
+// Quarter l of output j is what quarter j of input l was.
+inline void transpose_quarters(const V (&x)[4], V (&out)[4]) {
+  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  out[0] = _mm512_shuffle_i32x4(p, q, 0x88), out[1] = _mm512_shuffle_i32x4(p, q, 0xdd);
+  out[2] = _mm512_shuffle_i32x4(r, t, 0x88), out[3] = _mm512_shuffle_i32x4(r, t, 0xdd);
+}
+
+// Sums as words were unpacked: of even tokens, then of odd ones.
+inline void put_turned(const int32_t* sums, float unit, float offset, float* out) {
+  const V even[2] = {load_v(sums), load_v(sums + 16)}, odd[2] = {load_v(sums + 32), load_v(sums + 48)};
+  // register i has, in quarter l, tokens 16 l + 4 i + 0 ... 3
+  const V x[4] = {_mm512_unpacklo_epi32(even[0], odd[0]), _mm512_unpackhi_epi32(even[0], odd[0]),
+                  _mm512_unpacklo_epi32(even[1], odd[1]), _mm512_unpackhi_epi32(even[1], odd[1])};
+  V y[4];
+  transpose_quarters(x, y);
+  for (int i = 0; i < 4; ++i) store(out + i * kLanes, fma(to_float(I{y[i]}), set(unit), set(offset)));
+}
+
+}  // namespace bitkv::BITKV_ISA
