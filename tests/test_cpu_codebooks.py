@@ -29,7 +29,7 @@ from bitkv.view import CacheView
 pytestmark = pytest.mark.skipif(native.why_not() is not None, reason=str(native.why_not()))
 
 FLOAT = torch.float32
-ROUNDED = [isa for isa in ISAS if isa == "avx512"]  # where tables are looked up
+ROUNDED = [isa for isa in ISAS if isa in ("amx", "avx512")]  # where tables are looked up
 
 
 def rope_of(pairs: int) -> Rope:
@@ -288,6 +288,22 @@ def test_pages_and_heads_of_any_size(pair, head_dim, page_size):
 @pytest.mark.parametrize("ratio", [1, 3, 8, 32])
 def test_query_heads_of_a_kv_head(pair, ratio):
     assert_rule(case_of(*PAIRS[pair](64), (1300, 5), head_dim=64, heads=2 * ratio, queries=1))
+
+
+@pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no matrix unit")
+@pytest.mark.parametrize("channels", [2, 4, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("rows", [4, 5, 8, 16, 17, 40])
+@ROPES
+def test_the_matrix_unit_sums_the_same_integers(channels, head_dim, rows, rope):
+    """Bit for bit, with weights of one and of two bytes, and with pairs that turn and that hardly do."""
+    key, value = coupled(channels, 8, head_dim, rope=rope, site="key"), coupled(channels, 8, head_dim)
+    slow = Rope(500_000.0 ** (-torch.arange(head_dim // 2) / (head_dim // 2)))
+    case = case_of(
+        key, value, (2500, 140), heads=2 * rows, head_dim=head_dim, queries=1, rope=slow, scale=0.02
+    )
+    case.q[:, 0] *= 20
+    assert_same(case.run("amx"), case.run("avx512"))
 
 
 @EACH_PAIR

@@ -20,7 +20,7 @@ from bitkv.codecs import Affine, Unquantized
 from bitkv.layer import PagedLayer
 from bitkv.recipe import parse
 
-ISAS = ("avx512", "avx512vnni", "avx2", "portable")
+ISAS = ("amx", "avx512", "avx512vnni", "avx2", "portable")
 BUILT = native.why_not() is None
 needs_kernels = pytest.mark.skipif(not BUILT, reason="the native kernels are not built")
 REFUSE = BACKENDS["cpu"].refuse

@@ -8,6 +8,7 @@
 #if defined(BITKV_LOOKUP)
 #include "tables.h"
 #include "lookup.h"
+#include "matrix.h"
 #include "turned.h"
 #include "values.h"
 #endif
@@ -269,6 +270,7 @@ struct Plan {
   const Turns* turns = nullptr;   // for keys before the rotary embedding
   const Angle* angles = nullptr;  // of the first page of each part
   const int16_t* turn_words = nullptr;  // for lookups
+  const struct RowTables* row_tables = nullptr;  // [batch][kv_heads][rows], where parts share them
   int still_pairs = 0;                  // from which on pairs hardly turn within a page; even
 
   explicit Plan(const AttendRequest& r)
@@ -297,6 +299,7 @@ struct Plan {
   static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
   static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }
   int items(const AttendRequest& r) const { return r.batch * r.kv_heads * tiles * parts; }
+  bool tabulates_rows(const AttendRequest& r) const { return looks_up_keys && !r.key.inv_freq; }
 };
 
 inline float* grown(std::vector<float>& buffer, size_t size) {
@@ -304,11 +307,17 @@ inline float* grown(std::vector<float>& buffer, size_t size) {
   return buffer.data();
 }
 
-inline void load_queries(const AttendRequest& r, int64_t row, int rows, float* x) {
+// Rows of queries into s.x; returns them as pages need them.
+inline const float* load_queries(const AttendRequest& r, int head, int64_t row, int rows, Scratch& s) {
   const float factor = r.softcap > 0 ? r.scale : r.scale * kLog2e;
   for (int64_t i = 0; i < int64_t(rows) * r.head_dim; i += kLanes) {
-    store(x + i, load_any(r.q, r.dtype, row * r.head_dim + i) * set(factor));
+    store(s.x[0] + i, load_any(r.q, r.dtype, row * r.head_dim + i) * set(factor));
   }
+  if (!r.key.restore || r.key.inv_freq) return s.x[0];
+  for (int i = 0; i < rows; ++i) {
+    map_back(r.key, head, r.head_dim, s.x[0] + i * r.head_dim, s.mapped[0] + i * r.key.width);
+  }
+  return s.mapped[0];
 }
 
 inline void finish(const AttendRequest& r, int64_t row, float high, float total, const float* sums) {
@@ -412,9 +421,14 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
 #if defined(BITKV_LOOKUP)
   if (plan.looks_up_keys || plan.looks_up_values) {
     LookupScratch& l = lookup_scratch();
-    if (plan.looks_up_keys && !r.key.inv_freq && i < end) tabulate_rows(r.key, q, head, l);
+    l.rows = plan.row_tables ? plan.row_tables + (int64_t(b) * r.kv_heads + head) * plan.rows : l.own_rows;
+    if (plan.tabulates_rows(r) && !plan.row_tables && i < end) {
+      uint8_t* bytes = l.row_bytes.of(row_table_bytes(r.key) * q.rows);
+      tabulate_rows(r.key, head, q.page_x, q.rows, l.products, bytes, l.own_rows);
+    }
     const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
     const Pace pace = pace_of_lookups(r, plan, q, l);
+    if (r.matrix) l.matrix.begin();
     for (int n; i < end; i += n) {
       n = std::min(most, end - i);
       Tile tile;
@@ -424,6 +438,7 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
       Fetch fetch = fetch_pages(i + n, most, next, pace);
       attend_tile(r, plan, q, tile, angle, fetch, s, l);
     }
+    if (r.matrix) l.matrix.end();
   }
 #endif
   for (; i < end; ++i) {
@@ -460,10 +475,14 @@ inline void attend_slots(const AttendRequest& r, const Queries& q, int b, int he
   }
 }
 
-inline void attend_item(const AttendRequest& r, const Plan& plan, int item, float* partials) {
+inline Scratch& thread_scratch() {
   static thread_local std::unique_ptr<Scratch> scratch;
   if (!scratch) scratch = std::make_unique<Scratch>();
-  Scratch& s = *scratch;
+  return *scratch;
+}
+
+inline void attend_item(const AttendRequest& r, const Plan& plan, int item, float* partials) {
+  Scratch& s = thread_scratch();
   const int p = item % plan.parts, tile = item / plan.parts % plan.tiles;
   const int head = item / plan.parts / plan.tiles % r.kv_heads, b = item / plan.parts / plan.tiles / r.kv_heads;
   const int row0 = tile * kRows, rows = std::min(kRows, plan.rows - row0), dim = r.head_dim;
@@ -479,13 +498,9 @@ inline void attend_item(const AttendRequest& r, const Plan& plan, int item, floa
                           : int64_t(r.packed_len[b]) + r.hot_len[b] - r.queries + query;
   }
   std::fill_n(s.out[0], rows * stride, 0.0f);
-  load_queries(r, first_row, rows, s.x[0]);
   const auto [first_last, last_last] = std::minmax_element(last, last + rows);
-  const bool mapped = r.key.restore && !r.key.inv_freq;
-  for (int i = 0; mapped && i < rows; ++i) {
-    map_back(r.key, head, dim, s.x[0] + i * dim, s.mapped[0] + i * r.key.width);
-  }
-  const Queries q{s.x[0], mapped ? s.mapped[0] : s.x[0], last, *first_last, *last_last, softmax, rows, stride};
+  const float* page_x = load_queries(r, head, first_row, rows, s);
+  const Queries q{s.x[0], page_x, last, *first_last, *last_last, softmax, rows, stride};
 
   const int pages = Plan::num_pages(r, b), begin = p * plan.part_size, end = begin + plan.part_size;
   const int first_slot = std::max(0, begin - pages) * kHotTokens;
@@ -545,11 +560,35 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
 #endif
 }
 
+#if defined(BITKV_LOOKUP)
+// Tables of query rows once for all parts of their sequence, where that is less work and the rows are few.
+inline void prepare_row_tables(const AttendRequest& r, Plan& plan) {
+  static thread_local Room<uint8_t> room;
+  static thread_local std::vector<RowTables> tables;
+  if (!plan.tabulates_rows(r) || plan.parts == 1 || plan.tiles > 1) return;
+  const size_t size = row_table_bytes(r.key) * plan.rows;
+  uint8_t* bytes = room.of(size * r.batch * r.kv_heads);
+  tables.resize(size_t(r.batch) * r.kv_heads * plan.rows);
+  RowTables* rows = tables.data();
+  parallel_for(r.batch * r.kv_heads, r.threads, [&](int item) {
+    if (!Plan::num_pages(r, item / r.kv_heads)) return;
+    const int64_t first = int64_t(item) * plan.rows;
+    const int head = item % r.kv_heads;
+    const float* x = load_queries(r, head, first, plan.rows, thread_scratch());
+    tabulate_rows(r.key, head, x, plan.rows, lookup_scratch().products, bytes + item * size, rows + first);
+  });
+  plan.row_tables = rows;
+}
+#else
+inline void prepare_row_tables(const AttendRequest&, Plan&) {}
+#endif
+
 void attend(const AttendRequest& r) {
   if (r.batch == 0 || r.queries == 0) return;
   static thread_local std::vector<float> buffer;
   Plan plan(r);
   prepare_turns(r, plan);
+  prepare_row_tables(r, plan);
   const int64_t rows = int64_t(r.batch) * r.heads * r.queries;
   float* partials = plan.parts == 1 ? nullptr : grown(buffer, size_t(rows) * plan.parts * (r.head_dim + kLanes));
   parallel_for(plan.items(r), r.threads, [&](int item) { attend_item(r, plan, item, partials); });

@@ -8,5 +8,12 @@
 #include "nearest.h"
 
 namespace bitkv {
-const Kernels kAvx2{"avx2", false, avx2::attend, avx2::encode, avx2::nearest, avx2::encode_codes, nullptr};
+const Kernels kAvx2{.name = "avx2",
+                    .lookups = false,
+                    .matrix = false,
+                    .attend = avx2::attend,
+                    .encode = avx2::encode,
+                    .nearest = avx2::nearest,
+                    .encode_codes = avx2::encode_codes,
+                    .tabulate = nullptr};
 }

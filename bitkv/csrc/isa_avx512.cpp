@@ -9,8 +9,22 @@
 #include "nearest.h"
 
 namespace bitkv {
-const Kernels kAvx512{"avx512",        true,           avx512::attend,       avx512::encode,
-                      avx512::nearest, avx512::encode_codes, avx512::tabulate};
-const Kernels kAvx512Vnni{"avx512vnni",    false,          avx512::attend, avx512::encode,  // CPUs without VBMI
-                          avx512::nearest, avx512::encode_codes, nullptr};
+namespace {
+
+constexpr Kernels kernels(const char* name, bool lookups, bool matrix) {
+  return {.name = name,
+          .lookups = lookups,
+          .matrix = matrix,
+          .attend = avx512::attend,
+          .encode = avx512::encode,
+          .nearest = avx512::nearest,
+          .encode_codes = avx512::encode_codes,
+          .tabulate = lookups ? avx512::tabulate : nullptr};
+}
+
+}  // namespace
+
+const Kernels kAvx512Vnni = kernels("avx512vnni", false, false);
+const Kernels kAvx512 = kernels("avx512", true, false);  // with VBMI
+const Kernels kAmx = kernels("amx", true, true);
 }

@@ -8,5 +8,12 @@
 #include "nearest.h"
 
 namespace bitkv {
-const Kernels kPortable{"portable", false, portable::attend, portable::encode, portable::nearest, portable::encode_codes, nullptr};
+const Kernels kPortable{.name = "portable",
+                    .lookups = false,
+                    .matrix = false,
+                    .attend = portable::attend,
+                    .encode = portable::encode,
+                    .nearest = portable::nearest,
+                    .encode_codes = portable::encode_codes,
+                    .tabulate = nullptr};
 }

@@ -57,6 +57,7 @@ struct AttendRequest {
   float softcap;   // 0 for none
   int threads;
   bool lookups;  // whether the CPU looks up 64 bytes at once (AVX-512 VBMI)
+  bool matrix;   // whether it has a matrix unit beside (AMX)
 
   size_t page_bytes() const { return key.nbytes() + value.nbytes(); }
 };
@@ -114,7 +115,7 @@ struct TablesRequest {
 
 struct Kernels {
   const char* name;
-  bool lookups;  // for AttendRequest
+  bool lookups, matrix;  // for AttendRequest
   void (*attend)(const AttendRequest&);
   void (*encode)(const EncodeRequest&);
   void (*nearest)(const NearestRequest&);
@@ -124,7 +125,8 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx512Vnni, kAvx512, kAmx;
+bool has_avx2(), has_avx512(), has_vbmi(), has_matrix();  // what the last four need
 #endif
 
 // Calls body(item) for item = 0 ... items - 1 on up to `threads` threads, which take items in turn.

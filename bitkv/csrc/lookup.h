@@ -25,6 +25,14 @@ inline V dot_words(V acc, V a, V b) {
   return acc;
 }
 
+// A table of 256 bytes in registers.
+struct ByteTable {
+  V quarter[4];
+
+  [[gnu::always_inline]] explicit ByteTable(const uint8_t* table)
+      : quarter{load_v(table), load_v(table + 64), load_v(table + 128), load_v(table + 192)} {}
+};
+
 // Codes of 64 tokens, and which half of a table each points into.
 struct Index {
   V code;
@@ -32,13 +40,14 @@ struct Index {
 
   explicit Index(V code) : code(code), upper(_mm512_movepi8_mask(code)) {}
 
-  // What the codes point to in a table of 256 bytes.
-  [[gnu::always_inline]] V look_up(const uint8_t* table) const {
+  // What the codes point to.
+  [[gnu::always_inline]] V look_up(const ByteTable& table) const {
     V low = code, high = code;
-    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(load_v(table)), "v"(load_v(table + 64)));
-    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(load_v(table + 128)), "v"(load_v(table + 192)));
+    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(table.quarter[0]), "v"(table.quarter[1]));
+    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(table.quarter[2]), "v"(table.quarter[3]));
     return _mm512_mask_blend_epi8(upper, low, high);
   }
+  [[gnu::always_inline]] V look_up(const uint8_t* table) const { return look_up(ByteTable(table)); }
 };
 
 // Codes of a tile as bytes, 64 tokens a vector: those of group g lie at from[v] + g * stride.

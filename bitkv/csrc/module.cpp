@@ -48,14 +48,10 @@ const std::vector<const Kernels*>& supported() {
   static const std::vector<const Kernels*> all = [] {
     std::vector<const Kernels*> found;
 #if defined(__x86_64__)
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                        __builtin_cpu_supports("avx512vnni");
-    if (avx512 && __builtin_cpu_supports("avx512vbmi")) found.push_back(&kAvx512);
-    if (avx512) found.push_back(&kAvx512Vnni);
-    if (avx2) found.push_back(&kAvx2);
+    if (has_matrix()) found.push_back(&kAmx);
+    if (has_vbmi()) found.push_back(&kAvx512);
+    if (has_avx512()) found.push_back(&kAvx512Vnni);
+    if (has_avx2()) found.push_back(&kAvx2);
 #endif
     found.push_back(&kPortable);
     return found;
@@ -170,6 +166,7 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .softcap = softcap,
       .threads = threads,
       .lookups = kernels.lookups,
+      .matrix = kernels.matrix,
   };
   const nb::gil_scoped_release released;
   check(request, num_pages, num_rows, hot_capacity);

@@ -8,10 +8,14 @@ namespace bitkv::BITKV_ISA {
 struct LookupScratch {
   Room<uint8_t> row_bytes, codes;  // tables of query rows; codes of a tile
   Room<float> products;
-  RowTables rows[kRows];
+  RowTables own_rows[kRows];
+  const RowTables* rows;  // of the item's queries
   alignas(64) int32_t sums[kRows][kTile];
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
+  Matrix matrix;
+  MatrixKeys matrix_keys[2];
+  MatrixValues matrix_values;
 };
 
 inline LookupScratch& lookup_scratch() {
@@ -29,16 +33,17 @@ struct Tile {
   int tokens() const { return pages * page_size; }
 };
 
-inline void tabulate_rows(const Side& key, const Queries& q, int head, LookupScratch& s) {
-  const size_t size = size_t(key.codes.groups()) * 2 * kEntries;
-  uint8_t* bytes = s.row_bytes.of(size * q.rows);
-  float* products = s.products.of(size * 2);  // of four rows
-  by_four_rows(q.rows, [&](int row, auto h) {
-    const float* x = q.page_x + row * key.width;
-    multiply_entries<h()>(key, head, x, products);
+inline size_t row_table_bytes(const Side& key) { return size_t(key.codes.groups()) * 2 * kEntries; }
+
+// Tables of query rows x, in `bytes` from row to row.
+inline void tabulate_rows(const Side& key, int head, const float* x, int count, Room<float>& room, uint8_t* bytes, RowTables* rows) {
+  const size_t size = row_table_bytes(key);
+  float* products = room.of(size * 2);  // of four rows
+  by_four_rows(count, [&](int row, auto h) {
+    multiply_entries<h()>(key, head, x + row * key.width, products);
     for (int i = 0; i < h(); ++i) {
-      s.rows[row + i].bytes = bytes + (row + i) * size;
-      tabulate_row(key, head, x + i * key.width, products + i * size / 2, s.rows[row + i]);
+      rows[row + i].bytes = bytes + (row + i) * size;
+      tabulate_row(key, head, x + (row + i) * key.width, products + i * size / 2, rows[row + i]);
     }
   });
 }
@@ -63,12 +68,13 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Roo
 
 // A step is a vector of codes that meets two rows of queries, a row of wide tables or two channels of values.
 inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Queries& q, const LookupScratch& l) {
-  const int vectors = r.page_size / kVector, fours = (q.rows + 3) / 4;
+  const int vectors = r.page_size / kVector, at_once = r.matrix && q.rows >= kMatrixLeast ? kMatrixRows : 4;
+  const int passes = (q.rows + at_once - 1) / at_once;
   int64_t steps = 0;
   if (!plan.looks_up_keys) {
     steps += plan.keys_as_floats ? 0 : plan.key.steps();
   } else if (r.key.inv_freq) {
-    steps += vectors * r.key.pairs * fours;
+    steps += vectors * r.key.pairs * passes;
   } else {
     for (int i = 0; i < q.rows; i += rows_at_once(l.rows + i, q.rows - i)) steps += vectors * r.key.codes.groups();
   }
@@ -76,7 +82,7 @@ inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Quer
     steps += r.value.has_codebook ? 0 : plan.value.steps();
   } else {
     const bool is_fine = Tables(r.value, TableKind::values, 0).is_fine();
-    steps += vectors * (r.value.width / 2) * fours * (is_fine ? 2 : 1);
+    steps += vectors * (r.value.width / 2) * passes * (is_fine ? 2 : 1);
   }
   return Pace::of(r.page_bytes() / 64, steps, 0);
 }
@@ -102,8 +108,14 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   const Codes codes = codes_of(tile, key.codes, 0, l.codes);
   const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, plan.turn_words, l.queries};
   const int per_page = tile.page_size / kVector;
-  for (int i = 0; i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
-  for (int pair = 0, last; pair < key.pairs; pair = last) {
+  const bool by_matrix = as_bytes && r.matrix && q.rows >= kMatrixLeast;
+  for (int row = 0, n; by_matrix && row < q.rows; row += n) {
+    n = std::min(kMatrixRows, q.rows - row);
+    l.matrix.shape_rows(n);
+    score_by_matrix(keys, still, row, l.sums, l.matrix_keys, fetch);
+  }
+  for (int i = 0; !by_matrix && i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
+  for (int pair = 0, last; !by_matrix && pair < key.pairs; pair = last) {
     last = std::min(pair < still ? still : key.pairs, pair + kPairs);
     by_four_rows(q.rows, [&](int row, auto h) {
       const auto score = as_bytes           ? pair < still ? score_byte_pairs<false, h()> : score_byte_pairs<true, h()>
@@ -186,7 +198,8 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
     }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
-  add_values(codes, fetch, tables, value.codes.channels, l.weights, q.softmax[0].out, q.stride);
+  add_values(codes, fetch, tables, value.codes.channels, l.weights, r.matrix ? &l.matrix : nullptr, l.matrix_values,
+             q.softmax[0].out, q.stride);
 }
 
 // A tile of pages; of one page where values are not looked up.

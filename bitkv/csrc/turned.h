@@ -7,6 +7,7 @@
 namespace bitkv::BITKV_ISA {
 
 constexpr int kPairs = 16;            // of channels that are turned while sums are in registers
+constexpr int kMatrixPairs = 32;      // of channels that fill sixteen quads
 constexpr float kStillAngle = 0.03f;  // in a page, that is as good as none where codes are coarse
 
 // Cosines and sines of places in a page times 2^15, as 16-bit words of even and of odd tokens:
@@ -105,6 +106,7 @@ inline void round_turned_to_bytes(const float* x, int stride, int pairs, int sti
       auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
       _mm_store_si128(to, _mm_unpacklo_epi16(low, high)), _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, high));
     }
+    if (pairs % kMatrixPairs) std::fill_n(q.bytes[row + h] + pairs / 2, kMatrixPairs / 4, 0);  // of sixteen quads
     q.unit[row + h] = 256 * unit, offsets[h] = all;
   });
   sums_of<H>(offsets, offset);
@@ -175,16 +177,46 @@ template <bool kFine, int H>
   }
 }
 
-// The same with bytes, two pairs at a time, for an even first and last pair. kStill: of pairs that hardly turn within a
-// page.
+// Keys of 64 tokens in two pairs of channels, turned, as unsigned bytes: a, a', b, b' of 16 tokens in each register.
+// kStill: of pairs that hardly turn within a page. `angle`: of the first pair; those of the second lie `next` behind it.
+template <bool kStill>
+struct TurnedBytes {
+  V tokens[4];
+
+  [[gnu::always_inline]] TurnedBytes(const TurnedKeys& keys, const PairCodes& of, int i, const V* angle, size_t next) {
+    const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + keys.pairs);
+    V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
+    if constexpr (kStill) {
+      const V x = of.x.look_up(x_table), x2 = of.x.look_up(x_table + kEntries);
+      const V y = of.y.look_up(y_table), y2 = of.y.look_up(y_table + kEntries);
+      p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
+      q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
+    } else {
+      const Words x(of.x.look_up(x_table)), y(of.y.look_up(y_table));
+      const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
+      const V* a2 = angle + next;
+      const Words x2(of.x.look_up(x_table + kEntries)), y2(of.y.look_up(y_table + kEntries));
+      const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
+      p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
+      q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
+    }
+    tokens[0] = _mm512_unpacklo_epi16(p[0], q[0]), tokens[1] = _mm512_unpackhi_epi16(p[0], q[0]);
+    tokens[2] = _mm512_unpacklo_epi16(p[1], q[1]), tokens[3] = _mm512_unpackhi_epi16(p[1], q[1]);
+  }
+
+ private:
+  // low bytes of one, high ones of the other
+  [[gnu::always_inline]] static V bytes_of(V low, V other) {
+    const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
+    return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
+  }
+};
+
+// The same with bytes, two pairs at a time, for an even first and last pair.
 template <bool kStill, int H>
 [[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
-  const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
-  const auto bytes_of = [&](V low, V other) __attribute__((always_inline)) {  // low bytes of one, high ones of the other
-    return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
-  };
+  const int per_page = codes.page_size / kVector;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*queries)[kColumns / 4] = keys.queries[v / per_page].bytes + row;
     const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
@@ -196,31 +228,61 @@ template <bool kStill, int H>
       const PairCodes of(keys, v, i);
       const int end = std::min(last, of.end);
       for (; i < end; i += 2, angle += 2 * next) {
-        const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + pairs);
-        V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
-        if constexpr (kStill) {
-          const V x = of.x.look_up(x_table), x2 = of.x.look_up(x_table + kEntries);
-          const V y = of.y.look_up(y_table), y2 = of.y.look_up(y_table + kEntries);
-          p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
-          q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
-        } else {
-          const Words x(of.x.look_up(x_table)), y(of.y.look_up(y_table));
-          const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
-          const V* a2 = angle + next;
-          const Words x2(of.x.look_up(x_table + kEntries)), y2(of.y.look_up(y_table + kEntries));
-          const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
-          p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
-          q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
-        }
-        const V key[4] = {_mm512_unpacklo_epi16(p[0], q[0]), _mm512_unpackhi_epi16(p[0], q[0]),
-                          _mm512_unpacklo_epi16(p[1], q[1]), _mm512_unpackhi_epi16(p[1], q[1])};
+        const TurnedBytes<kStill> key(keys, of, i, angle, next);
         repeat<H>([&](auto h) {
           const V number = _mm512_set1_epi32(queries[h][i / 2]);
-          repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key[j], number); });
+          repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key.tokens[j], number); });
         });
       }
     }
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
+  }
+}
+
+// Keys of vector v in pairs [first, last), four times 16 tokens: [4][16 quads of channels][16 tokens].
+struct MatrixKeys { alignas(64) uint8_t tokens[4][kMatrixRows][kMatrixBytes]; };
+
+template <bool kStill>
+[[gnu::noinline]] void put_turned_bytes(const TurnedKeys& keys, int v, int first, int last, int quad, MatrixKeys& to) {
+  const int page_size = keys.codes.page_size, per_page = page_size / kVector;
+  const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * page_size + v % per_page * 64) * 2);
+  const size_t next = page_size / 16;
+  for (int i = first; i < last;) {
+    const PairCodes of(keys, v, i);
+    const int end = std::min(last, of.end);
+    for (; i < end; i += 2, angle += 2 * next, ++quad) {
+      const TurnedBytes<kStill> key(keys, of, i, angle, next);
+      repeat<4>([&](auto j) { _mm512_store_si512(to.tokens[j][quad], key.tokens[j]); });
+    }
+  }
+}
+
+// Sums as score_byte_pairs leaves them, of all pairs and up to 16 rows, by the matrix unit. Keys are a step ahead
+// of products, which cannot have from the registers what is being stored.
+[[gnu::noinline]] inline void score_by_matrix(const TurnedKeys& keys, int still, int row, int32_t (*sums)[kTile],
+                                              MatrixKeys (&room)[2], Fetch& fetch) {
+  const Codes& codes = keys.codes;
+  const int parts = (keys.pairs + kMatrixPairs - 1) / kMatrixPairs, steps = codes.vectors * parts;
+  const int per_page = codes.page_size / kVector;
+  const auto put = [&](int step) {
+    const int first = step % parts * kMatrixPairs, last = std::min(first + kMatrixPairs, keys.pairs);
+    const int turn = std::clamp(still, first, last);
+    fetch.steps(last - first);
+    put_turned_bytes<false>(keys, step / parts, first, turn, 0, room[step % 2]);
+    put_turned_bytes<true>(keys, step / parts, turn, last, (turn - first) / 2, room[step % 2]);
+  };
+  put(0);
+  for (int step = 0; step < steps; ++step) {
+    if (step + 1 < steps) put(step + 1);
+    const int v = step / parts, part = step % parts;
+    const auto& queries = keys.queries[v / per_page].bytes;
+    Matrix::load<4>(queries[row] + part * kMatrixRows, sizeof queries[0]);
+    repeat<4>([&](auto j) {
+      if (part == 0) Matrix::zero<j()>();
+      Matrix::load<5>(room[step % 2].tokens[j], kMatrixBytes);
+      Matrix::dot<j(), 4, 5>();
+      if (part == parts - 1) Matrix::store<j()>(sums[row] + v * kVector + j * kLanes, sizeof sums[0]);
+    });
   }
 }
 

@@ -121,11 +121,101 @@ template <int H>
   }
 }
 
+// What the matrix unit is given: entries of sixteen channels, and weights in quads of tokens, `columns` rows in each.
+constexpr int kMatrixVectors = 8;  // whose entries stay in the first-level cache until they are multiplied
+struct MatrixValues {
+  alignas(64) uint8_t entries[kMatrixVectors][kMatrixRows][kMatrixBytes];
+  alignas(64) uint8_t weights[kTileVectors * kMatrixRows * kMatrixBytes];
+  alignas(64) int32_t sums[kMatrixRows * kMatrixRows];
+};
+
+// Bytes of rows, four at a time, as the matrix unit wants them; those beyond the last are never looked at.
+inline void put_weights_in_quads(const uint8_t (*bytes)[kTile], int columns, int vectors, uint8_t* out) {
+  for (int v = 0; v < vectors; ++v) {
+    for (int h = 0; h < columns; h += 4) {
+      V x[4];
+      repeat<4>([&](auto i) { x[i] = load_v(bytes[h + i] + v * kVector); });
+      const V low[2] = {_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3])};
+      const V high[2] = {_mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3])};
+      // register i has, in quarter l, quad 4 l + i of four rows
+      const V quads[4] = {_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
+                          _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
+      repeat<4>([&](auto i) {
+        repeat<4>([&](auto l) {
+          uint8_t* to = out + ((v * kMatrixRows + 4 * l + i) * columns + h) * 4;
+          _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(quads[i], decltype(l)::value));
+        });
+      });
+    }
+  }
+}
+
+// Entries of C neighbouring channels for vectors [first, last), from row `channel` of sixteen on.
+template <int C>
+[[gnu::always_inline]] inline void put_entries(const Codes& codes, const uint8_t* table, size_t at, int first, int last,
+                                               int channel, uint8_t (*to)[kMatrixRows][kMatrixBytes]) {
+  const auto tables = [&]<int... c>(std::integer_sequence<int, c...>) {
+    return std::array<ByteTable, C>{ByteTable(table + c * kEntries)...};
+  }(std::make_integer_sequence<int, C>());
+  for (int v = first; v < last; ++v, ++to) {
+    const Index index(load_v(codes.from[v] + at));
+    repeat<C>([&](auto c) { _mm512_store_si512((*to)[channel + c], index.look_up(tables[c])); });
+  }
+}
+
+// Entries of sixteen channels from c on; vectors and `part` as above.
+inline void put_sixteen_channels(const Codes& codes, const Tables& tables, int channels, int part, int c, int first, int last,
+                                 Fetch& fetch, MatrixValues& to) {
+  for (int i = 0; i < kMatrixRows;) {
+    const int group = (c + i) / channels;
+    const uint8_t* table = tables.of(c + i) + part * tables.low();
+    const bool two = (c + i + 1) / channels == group && i + 1 < kMatrixRows;
+    fetch.steps(last - first);
+    if (two) put_entries<2>(codes, table, group * codes.stride, first, last, i, to.entries);
+    else put_entries<1>(codes, table, group * codes.stride, first, last, i, to.entries);
+    i += 1 + two;
+  }
+}
+
+// As scan_values, for up to sixteen rows of bytes, by the matrix unit.
+[[gnu::noinline]] inline void sum_values_by_matrix(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows,
+                                                   int row, int count, int part, Matrix& matrix, MatrixValues& room,
+                                                   Fetch& fetch, float* out, int stride) {
+  const int columns = (count + 3) / 4 * 4;
+  matrix.shape_columns(columns);
+  put_weights_in_quads(rows.bytes + row, columns, codes.vectors, room.weights);
+  const V channel = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const V at = _mm512_mullo_epi32(channel, _mm512_set1_epi32(columns));
+  for (int c = 0; c < tables.width; c += kMatrixRows) {
+    Matrix::zero<7>();
+    for (int first = 0; first < codes.vectors; first += kMatrixVectors) {
+      const int last = std::min(first + kMatrixVectors, codes.vectors);
+      put_sixteen_channels(codes, tables, channels, part, c, first, last, fetch, room);
+      for (int v = first; v < last; ++v) {
+        Matrix::load<5>(room.entries[v - first], kMatrixBytes);
+        Matrix::load<6>(room.weights + v * kMatrixRows * columns * 4, columns * 4);
+        Matrix::dot<7, 5, 6>();
+      }
+    }
+    Matrix::store<7>(room.sums, columns * 4);
+    for (int h = 0; h < count; ++h) {
+      float* sums = out + rows.row[row + h] * stride + c;
+      const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
+      store(sums, fma(to_float(I{_mm512_i32gather_epi32(at, room.sums + h, 4)}), unit, load(sums)));
+    }
+  }
+}
+
+// `matrix`: the unit and what it is given, or null.
 inline void add_values(const Codes& codes, Fetch& fetch, const Tables& tables, int channels, const ByteRows& rows,
-                       float* out, int stride) {
+                       Matrix* matrix, MatrixValues& room, float* out, int stride) {
   for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
     const int count = part ? rows.high : rows.count;  // low parts of both are too small to matter
     int row = 0;
+    for (int n; matrix && count - row >= kMatrixLeast; row += n) {
+      n = std::min(kMatrixRows, count - row);
+      sum_values_by_matrix(codes, tables, channels, rows, row, n, part, *matrix, room, fetch, out, stride);
+    }
     for (; row + 4 <= count; row += 4) scan_values<4>(codes, tables, channels, rows, row, part, fetch, out, stride);
     if (row + 2 <= count) { scan_values<2>(codes, tables, channels, rows, row, part, fetch, out, stride); row += 2; }
     if (row < count) scan_values<1>(codes, tables, channels, rows, row, part, fetch, out, stride);

@@ -210,7 +210,7 @@ void attend_once(const Kernels& kernels) {
   r.q = q.get(), r.out = out.get(), r.lse = lse.get(), r.positions = below(2) ? positions.get() : nullptr;
   r.pages = pool.get(), r.block_table = table.get(), r.packed_len = packed_len.get();
   r.hot_k = hot_k.get(), r.hot_v = hot_v.get(), r.hot_len = hot_len.get();
-  r.lookups = kernels.lookups;
+  r.lookups = kernels.lookups, r.matrix = kernels.matrix;
   kernels.attend(r);
 
   for (size_t i = 0; i < size; ++i)
@@ -295,10 +295,10 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   std::vector<const Kernels*> all{&kPortable};
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    all.push_back(&kAvx2);
+  if (has_avx2()) all.push_back(&kAvx2);
 #if defined(WITH_AVX512)
-  if (__builtin_cpu_supports("avx512vbmi")) all.push_back(&kAvx512);
+  if (has_matrix()) all.push_back(&kAmx);
+  if (has_vbmi()) all.push_back(&kAvx512);
   all.push_back(&kAvx512Vnni);
 #endif
 #endif
