@@ -264,6 +264,24 @@ def codebooks() -> str:
     return by_context(chosen, lambda row: f"{row['ms']:.3g} ({row['fraction_of_bandwidth']:.0%})")
 
 
+def matrix() -> str:
+    """Eight query heads a KV head, without and with the matrix unit."""
+    found = [row for row in attended("matrix") if not is_rival(row)]
+    without, beside = ({label(r): r for r in found if r["isa"] == isa} for isa in ("avx512", "amx"))
+    lines = [
+        [
+            name,
+            f"{without[name]['ms']:.3g}",
+            f"{row['ms']:.3g}",
+            times(without[name]["ms"] / row["ms"]),
+            f"{row['fraction_of_bandwidth']:.0%}",
+        ]
+        for name, row in beside.items()
+    ]
+    headings = ["64/8 heads, 131,072 tokens", "avx512, ms", "amx, ms", "faster", "of read bandwidth"]
+    return markdown(headings, lines)
+
+
 def threads() -> str:
     """Fewest threads against most."""
     measured = attended("threads")
@@ -512,6 +530,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "bandwidth": bandwidth,
     "speedup": speedup,
     "codebooks": codebooks,
+    "matrix": matrix,
     "threads": threads,
     "batch": batch,
     "append": append,

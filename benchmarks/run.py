@@ -19,6 +19,7 @@ import torch
 from benchmarks import methods, publish
 from bitkv import Affine
 from bitkv.cli import main as bitkv
+from bitkv.files import write_json
 from bitkv.generation import checkpoint
 
 # relative: the commands are written into the results
@@ -92,6 +93,11 @@ COMMANDS: dict[str, list[str]] = {
     "codebooks": [
         *("bench", "attention", "--full", *_named(CODEBOOKS), "--context", "32768", "131072"),
     ],
+    # eight query heads a KV head, as in a model of 70 billion parameters, with each of INSTRUCTION_SETS
+    "matrix": [
+        *("bench", "attention", "--full", *_named(CODEBOOKS[:-1])),
+        *("--heads", "64/8", "--context", "131072"),
+    ],
     "threads": [
         *("bench", "attention", "--full", *_named(SPEED)),
         *("--context", "131072", "--threads", "1", "2"),
@@ -107,6 +113,7 @@ COMMANDS: dict[str, list[str]] = {
         *("--context", "4096", "16384", "32768", "65536", "131072"),
     ],
 }
+INSTRUCTION_SETS = {"matrix": ("avx512", "amx")}
 PREFILL_TOKENS = 8000
 
 
@@ -122,11 +129,26 @@ def main() -> int:
             command = [*COMMANDS[name], "--json", str(target)]
             if name == "prefill":
                 command.insert(3, str(held_out_prompt(Path(folder) / "prompt.txt", PREFILL_TOKENS)))
-            print("$ bitkv", shlex.join(command), flush=True)
-            code = bitkv(command)
+            code = measure(command, target, INSTRUCTION_SETS.get(name, (None,)))
         if code:
             return code
     publish.main()
+    return 0
+
+
+def measure(command: list[str], target: Path, isas: Sequence[str | None]) -> int:
+    """Run a command that writes rows to `target`, with each instruction set of the CPU kernels."""
+    rows: list[dict[str, object]] = []
+    for isa in isas:
+        print("$", f"BITKV_CPU_ISA={isa}" if isa else "", "bitkv", shlex.join(command), flush=True)
+        if isa:
+            os.environ["BITKV_CPU_ISA"] = isa
+        code = bitkv(command)
+        os.environ.pop("BITKV_CPU_ISA", None)
+        if code:
+            return code
+        rows += json.loads(target.read_text())
+    write_json(target, rows)
     return 0
 
 

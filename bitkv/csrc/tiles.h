@@ -14,7 +14,7 @@ struct LookupScratch {
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
   Matrix matrix;
-  MatrixKeys matrix_keys[2];
+  MatrixKeys matrix_keys;
   MatrixValues matrix_values;
 };
 

@@ -257,32 +257,25 @@ template <bool kStill>
   }
 }
 
-// Sums as score_byte_pairs leaves them, of all pairs and up to 16 rows, by the matrix unit. Keys are a step ahead
-// of products, which cannot have from the registers what is being stored.
+// Sums as score_byte_pairs leaves them, of all pairs and up to 16 rows, by the matrix unit.
 [[gnu::noinline]] inline void score_by_matrix(const TurnedKeys& keys, int still, int row, int32_t (*sums)[kTile],
-                                              MatrixKeys (&room)[2], Fetch& fetch) {
-  const Codes& codes = keys.codes;
-  const int parts = (keys.pairs + kMatrixPairs - 1) / kMatrixPairs, steps = codes.vectors * parts;
-  const int per_page = codes.page_size / kVector;
-  const auto put = [&](int step) {
-    const int first = step % parts * kMatrixPairs, last = std::min(first + kMatrixPairs, keys.pairs);
-    const int turn = std::clamp(still, first, last);
-    fetch.steps(last - first);
-    put_turned_bytes<false>(keys, step / parts, first, turn, 0, room[step % 2]);
-    put_turned_bytes<true>(keys, step / parts, turn, last, (turn - first) / 2, room[step % 2]);
-  };
-  put(0);
-  for (int step = 0; step < steps; ++step) {
-    if (step + 1 < steps) put(step + 1);
-    const int v = step / parts, part = step % parts;
-    const auto& queries = keys.queries[v / per_page].bytes;
-    Matrix::load<4>(queries[row] + part * kMatrixRows, sizeof queries[0]);
-    repeat<4>([&](auto j) {
-      if (part == 0) Matrix::zero<j()>();
-      Matrix::load<5>(room[step % 2].tokens[j], kMatrixBytes);
-      Matrix::dot<j(), 4, 5>();
-      if (part == parts - 1) Matrix::store<j()>(sums[row] + v * kVector + j * kLanes, sizeof sums[0]);
-    });
+                                              MatrixKeys& room, Fetch& fetch) {
+  const int per_page = keys.codes.page_size / kVector;
+  for (int v = 0; v < keys.codes.vectors; ++v) {
+    const int32_t* queries = keys.queries[v / per_page].bytes[row];
+    repeat<4>([&](auto j) { Matrix::zero<j()>(); });
+    for (int first = 0; first < keys.pairs; first += kMatrixPairs, queries += kMatrixRows) {
+      const int last = std::min(first + kMatrixPairs, keys.pairs), turn = std::clamp(still, first, last);
+      fetch.steps(last - first);
+      put_turned_bytes<false>(keys, v, first, turn, 0, room);
+      put_turned_bytes<true>(keys, v, turn, last, (turn - first) / 2, room);
+      Matrix::load<4>(queries, sizeof keys.queries->bytes[0]);
+      repeat<4>([&](auto j) {
+        Matrix::load<5>(room.tokens[j], kMatrixBytes);
+        Matrix::dot<j(), 4, 5>();
+      });
+    }
+    repeat<4>([&](auto j) { Matrix::store<j()>(sums[row] + v * kVector + j * kLanes, sizeof sums[0]); });
   }
 }
 
