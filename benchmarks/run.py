@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import methods, publish
-from bitkv import Affine
+from bitkv import Affine, native
 from bitkv.cli import main as bitkv
 from bitkv.files import write_json
 from bitkv.generation import checkpoint
@@ -143,6 +143,7 @@ def measure(command: list[str], target: Path, isas: Sequence[str | None]) -> int
         print("$", f"BITKV_CPU_ISA={isa}" if isa else "", "bitkv", shlex.join(command), flush=True)
         if isa:
             os.environ["BITKV_CPU_ISA"] = isa
+        native.isa.cache_clear()
         code = bitkv(command)
         os.environ.pop("BITKV_CPU_ISA", None)
         if code:

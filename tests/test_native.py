@@ -331,7 +331,7 @@ def test_wide_instructions_stand_only_in_the_kernels_compiled_for_them():
 
 
 @pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for arm64")
-@pytest.mark.parametrize("source", ["isa_portable.cpp", "parallel.cpp"])
+@pytest.mark.parametrize("source", ["isa_portable.cpp", "parallel.cpp", "cpu.cpp"])
 def test_what_is_portable_compiles_for_arm64(source, tmp_path):
     flags = ["-std=c++20", "-O1", "-Wall", "-Wextra", "-Werror", "-c", "-o", str(tmp_path / "out.o")]
     csrc = Path(__file__).parents[1] / "bitkv" / "csrc"
