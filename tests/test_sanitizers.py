@@ -45,7 +45,12 @@ def has_sanitizers(folder: Path) -> bool:
 def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
     if not has_sanitizers(tmp_path):
         pytest.skip(f"{COMPILER} has no AddressSanitizer: apt install libasan8 libubsan1")
-    sources = {DRIVER: [], CSRC / "parallel.cpp": UNDEFINED, CSRC / "cpu.cpp": UNDEFINED, CSRC / "isa_portable.cpp": UNDEFINED}
+    sources = {
+        DRIVER: [],
+        CSRC / "parallel.cpp": UNDEFINED,
+        CSRC / "cpu.cpp": UNDEFINED,
+        CSRC / "isa_portable.cpp": UNDEFINED,
+    }
     if "avx2" in ISAS:
         sources[CSRC / "isa_avx2.cpp"] = AVX2
     if "avx512vnni" in ISAS:
