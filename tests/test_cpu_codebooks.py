@@ -6,6 +6,7 @@ by float32's own rounding. A and B are float64.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import NamedTuple
@@ -304,6 +305,21 @@ def test_the_matrix_unit_sums_the_same_integers(channels, head_dim, rows, rope):
     )
     case.q[:, 0] *= 20
     assert_same(case.run("amx"), case.run("avx512"))
+
+
+def test_threads_may_attend_at_once_and_multiply_matrices_between():
+    """torch multiplies bfloat16 on the matrix unit too, in the same threads."""
+    case = case_of(*PAIRS["8c8b after"](64), (1500, 90), heads=16, head_dim=64, queries=1)
+    matrix = torch.randn(256, 256).bfloat16()
+    expected, product = case.run(), matrix @ matrix
+
+    def work(_: int) -> None:
+        for _ in range(20):
+            assert_same(attend(case.q, case.view, backend="cpu"), expected)
+            assert torch.equal(matrix @ matrix, product)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))
 
 
 @EACH_PAIR
