@@ -4,27 +4,10 @@
 
 #define BITKV_ISA avx512
 #define BITKV_LOOKUP  // of bytes in tables of 256
-#include "attend.h"
-#include "quantize.h"
-#include "nearest.h"
+#include "isa.h"
 
 namespace bitkv {
-namespace {
-
-constexpr Kernels kernels(const char* name, bool lookups, bool matrix) {
-  return {.name = name,
-          .lookups = lookups,
-          .matrix = matrix,
-          .attend = avx512::attend,
-          .encode = avx512::encode,
-          .nearest = avx512::nearest,
-          .encode_codes = avx512::encode_codes,
-          .tabulate = lookups ? avx512::tabulate : nullptr};
-}
-
-}  // namespace
-
-const Kernels kAvx512Vnni = kernels("avx512vnni", false, false);
-const Kernels kAvx512 = kernels("avx512", true, false);  // with VBMI
-const Kernels kAmx = kernels("amx", true, true);
+const Kernels kAvx512Vnni = avx512::kernels("avx512vnni");
+const Kernels kAvx512 = avx512::kernels("avx512", true);  // with VBMI
+const Kernels kAmx = avx512::kernels("amx", true, true);
 }

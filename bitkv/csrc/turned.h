@@ -120,6 +120,14 @@ struct TurnedKeys {
   int channels, pairs;
   const int16_t* turns;
   const TurnedQueries* queries;  // of each page
+
+  const TurnedQueries& queries_of(int vector) const { return queries[vector * kVector / codes.page_size]; }
+  // Cosines and sines of a vector's tokens for a pair; those of the next pair lie `next_angles` behind.
+  const V* angles_of(int vector, int pair) const {
+    const size_t token = vector * kVector % codes.page_size;
+    return reinterpret_cast<const V*>(turns + (size_t(pair) * codes.page_size + token) * 2);
+  }
+  size_t next_angles() const { return codes.page_size / 16; }
 };
 
 // Codes of vector v for pair i, and of those after it up to `end`.
@@ -152,17 +160,17 @@ struct Turned {
 template <bool kFine, int H>
 [[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const int pairs = keys.pairs, per_page = codes.page_size / kVector;
+  const int pairs = keys.pairs;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
-    const int32_t(*q)[kColumns / 2] = keys.queries[v / per_page].words + row;
-    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
+    const int32_t(*q)[kColumns / 2] = keys.queries_of(v).words + row;
+    const V* angle = keys.angles_of(v, first);
     fetch.steps(last - first);
     V acc[H][4];
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
     for (int i = first; i < last;) {
       const PairCodes of(keys, v, i);
       const int end = std::min(last, of.end);
-      for (; i < end; ++i, angle += codes.page_size / 16) {
+      for (; i < end; ++i, angle += keys.next_angles()) {
         const Words x = Words::of<kFine>(keys.tables, i, of.x), y = Words::of<kFine>(keys.tables, i + pairs, of.y);
         const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
         const V key[4] = {_mm512_unpacklo_epi16(even.p, even.q), _mm512_unpackhi_epi16(even.p, even.q),
@@ -216,11 +224,10 @@ struct TurnedBytes {
 template <bool kStill, int H>
 [[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const int per_page = codes.page_size / kVector;
+  const size_t next = keys.next_angles();
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
-    const int32_t(*queries)[kColumns / 4] = keys.queries[v / per_page].bytes + row;
-    const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * codes.page_size + v % per_page * 64) * 2);
-    const size_t next = codes.page_size / 16;  // from a pair's angles to the next ones
+    const int32_t(*queries)[kColumns / 4] = keys.queries_of(v).bytes + row;
+    const V* angle = keys.angles_of(v, first);
     fetch.steps(last - first);
     V acc[H][4];
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
@@ -244,9 +251,8 @@ struct MatrixKeys { alignas(64) uint8_t tokens[4][kMatrixRows][kMatrixBytes]; };
 
 template <bool kStill>
 [[gnu::noinline]] void put_turned_bytes(const TurnedKeys& keys, int v, int first, int last, int quad, MatrixKeys& to) {
-  const int page_size = keys.codes.page_size, per_page = page_size / kVector;
-  const auto* angle = reinterpret_cast<const V*>(keys.turns + (size_t(first) * page_size + v % per_page * 64) * 2);
-  const size_t next = page_size / 16;
+  const V* angle = keys.angles_of(v, first);
+  const size_t next = keys.next_angles();
   for (int i = first; i < last;) {
     const PairCodes of(keys, v, i);
     const int end = std::min(last, of.end);
@@ -260,9 +266,8 @@ template <bool kStill>
 // Sums as score_byte_pairs leaves them, of all pairs and up to 16 rows, by the matrix unit.
 [[gnu::noinline]] inline void score_by_matrix(const TurnedKeys& keys, int still, int row, int32_t (*sums)[kTile],
                                               MatrixKeys& room, Fetch& fetch) {
-  const int per_page = keys.codes.page_size / kVector;
   for (int v = 0; v < keys.codes.vectors; ++v) {
-    const int32_t* queries = keys.queries[v / per_page].bytes[row];
+    const int32_t* queries = keys.queries_of(v).bytes[row];
     repeat<4>([&](auto j) { Matrix::zero<j()>(); });
     for (int first = 0; first < keys.pairs; first += kMatrixPairs, queries += kMatrixRows) {
       const int last = std::min(first + kMatrixPairs, keys.pairs), turn = std::clamp(still, first, last);

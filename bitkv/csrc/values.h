@@ -96,23 +96,31 @@ template <int C, int H>
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { out[h][c] = acc[c][h]; }); });
 }
 
-// Sums of H rows of bytes over all channels into out[row of the bytes]; `part` 1 for the entries' low parts.
+// Calls fn(i, their tables, where their codes lie, how many as a constant) for sixteen channels c + i, two at a time where they
+// share a code. `part`: 1 for the entries' low parts.
+template <class Fn>
+inline void by_channels(const Codes& codes, const Tables& tables, int channels, int c, int part, const Fn& fn) {
+  for (int i = 0; i < kLanes;) {
+    const int group = (c + i) / channels;
+    const uint8_t* table = tables.of(c + i) + part * tables.low();
+    const size_t at = group * codes.stride;
+    const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
+    if (two) fn(i, table, at, std::integral_constant<int, 2>());
+    else fn(i, table, at, std::integral_constant<int, 1>());
+    i += 1 + two;
+  }
+}
+
+// Sums of H rows of bytes over all channels into out[row of the bytes].
 template <int H>
 [[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
                                    int part, Fetch& fetch, float* out, int stride) {
   V acc[H][kLanes];
   for (int c = 0; c < tables.width; c += kLanes) {
-    for (int i = 0; i < kLanes;) {
-      const int group = (c + i) / channels;
-      const uint8_t* table = tables.of(c + i) + part * tables.low();
-      const size_t at = group * codes.stride;
-      V(*to)[kLanes] = reinterpret_cast<V(*)[kLanes]>(&acc[0][i]);
-      const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
+    by_channels(codes, tables, channels, c, part, [&](int i, const uint8_t* table, size_t at, auto n) {
       fetch.steps(codes.vectors);
-      if (two) multiply_values<2, H>(codes, table, at, rows.bytes + row, to);
-      else multiply_values<1, H>(codes, table, at, rows.bytes + row, to);
-      i += 1 + two;
-    }
+      multiply_values<n(), H>(codes, table, at, rows.bytes + row, reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
+    });
     for (int h = 0; h < H; ++h) {
       float* sums = out + rows.row[row + h] * stride + c;
       const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
@@ -163,20 +171,6 @@ template <int C>
   }
 }
 
-// Entries of sixteen channels from c on; vectors and `part` as above.
-inline void put_sixteen_channels(const Codes& codes, const Tables& tables, int channels, int part, int c, int first, int last,
-                                 Fetch& fetch, MatrixValues& to) {
-  for (int i = 0; i < kMatrixRows;) {
-    const int group = (c + i) / channels;
-    const uint8_t* table = tables.of(c + i) + part * tables.low();
-    const bool two = (c + i + 1) / channels == group && i + 1 < kMatrixRows;
-    fetch.steps(last - first);
-    if (two) put_entries<2>(codes, table, group * codes.stride, first, last, i, to.entries);
-    else put_entries<1>(codes, table, group * codes.stride, first, last, i, to.entries);
-    i += 1 + two;
-  }
-}
-
 // As scan_values, for up to sixteen rows of bytes, by the matrix unit.
 [[gnu::noinline]] inline void sum_values_by_matrix(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows,
                                                    int row, int count, int part, Matrix& matrix, MatrixValues& room,
@@ -190,7 +184,10 @@ inline void put_sixteen_channels(const Codes& codes, const Tables& tables, int c
     Matrix::zero<7>();
     for (int first = 0; first < codes.vectors; first += kMatrixVectors) {
       const int last = std::min(first + kMatrixVectors, codes.vectors);
-      put_sixteen_channels(codes, tables, channels, part, c, first, last, fetch, room);
+      by_channels(codes, tables, channels, c, part, [&](int i, const uint8_t* table, size_t at, auto n) {
+        fetch.steps(last - first);
+        put_entries<n()>(codes, table, at, first, last, i, room.entries);
+      });
       for (int v = first; v < last; ++v) {
         Matrix::load<5>(room.entries[v - first], kMatrixBytes);
         Matrix::load<6>(room.weights + v * kMatrixRows * columns * 4, columns * 4);
