@@ -55,6 +55,7 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour(tmp_path):
         sources[CSRC / "isa_avx2.cpp"] = AVX2
     if "avx512vnni" in ISAS:
         sources[CSRC / "isa_avx512.cpp"] = AVX512
+        sources[CSRC / "isa_amx.cpp"] = [*AVX512, "-mavx512vbmi"]
         sources[DRIVER] = ["-DWITH_AVX512"]
     common = ["-std=c++20", "-O0", "-g1", "-w", "-ffp-contract=off", f"-I{CSRC}", *ADDRESS]
     common += OUTLINE.get(Path(COMPILER).name, [])

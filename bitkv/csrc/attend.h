@@ -269,7 +269,7 @@ struct Plan {
 
   const Turns* turns = nullptr;   // for keys before the rotary embedding
   const Angle* angles = nullptr;  // of the first page of each part
-  const int16_t* turn_words = nullptr;  // for lookups
+  const int16_t *word_angles = nullptr, *byte_angles = nullptr;  // for lookups
   const struct RowTables* row_tables = nullptr;  // [batch][kv_heads][rows], where parts share them
   int still_pairs = 0;                  // from which on pairs hardly turn within a page; even
 
@@ -361,7 +361,9 @@ inline void score_floats(const AttendRequest& r, const Plan& plan, const Queries
     }
     dim = r.head_dim;
     turn(y, dim, *plan.turns);
-    angle.turn_back(q.x, q.rows, key.pairs, dim, key.factor, s.mapped[0]);
+    float factors[kColumns / 2];
+    std::fill_n(factors, key.pairs, key.factor);
+    angle.turn_back(q.x, q.rows, key.pairs, dim, factors, s.mapped[0]);
     x = s.mapped[0];
   }
   by_four_rows(q.rows, [&](int row, auto h) {
@@ -428,7 +430,7 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
     }
     const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
     const Pace pace = pace_of_lookups(r, plan, q, l);
-    if (r.matrix) l.matrix.begin();
+    if constexpr (kHasMatrix) l.matrix.begin();
     for (int n; i < end; i += n) {
       n = std::min(most, end - i);
       Tile tile;
@@ -438,7 +440,7 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
       Fetch fetch = fetch_pages(i + n, most, next, pace);
       attend_tile(r, plan, q, tile, angle, fetch, s, l);
     }
-    if (r.matrix) l.matrix.end();
+    if constexpr (kHasMatrix) l.matrix.end();
   }
 #endif
   for (; i < end; ++i) {
@@ -546,16 +548,17 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
   [[maybe_unused]] const bool changed = turns.make(r.key, r.page_size);
   angles.resize(plan.parts);
   for (int p = 0; p < plan.parts; ++p) {
-    angles[p].start(turns, r.num_sink_tokens + int64_t(p) * plan.part_size * r.page_size);
+    angles[p].start(turns, r.num_sink_tokens + int64_t(p) * plan.part_size * r.page_size + turns.middle());
   }
   plan.turns = &turns, plan.angles = angles.data();
 #if defined(BITKV_LOOKUP)
   static thread_local Room<int16_t> words;
-  int16_t* turn_words = words.of(size_t(turns.pairs) * turns.page_size * 2);
-  if (changed) turn_table(turns, turn_words);
-  plan.turn_words = turn_words;
+  const size_t places = size_t(turns.pairs) * turns.page_size;  // of 64 tokens in a register of 32 words
+  int16_t *word_table = words.of(places / 2 * (kWordAngles + kByteAngles)), *byte_table = word_table + places / 2 * kWordAngles;
+  if (changed) word_angles(turns, word_table), byte_angles(turns, byte_table);
+  plan.word_angles = word_table, plan.byte_angles = byte_table;
   for (int i = 0; i < turns.pairs; ++i) {
-    if (std::abs(r.key.inv_freq[i]) * float(r.page_size) > kStillAngle) plan.still_pairs = i / 2 * 2 + 2;
+    if (std::abs(r.key.inv_freq[i]) * float(turns.middle()) > kStillAngle) plan.still_pairs = i / 2 * 2 + 2;
   }
 #endif
 }

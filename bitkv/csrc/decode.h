@@ -5,11 +5,13 @@
 namespace bitkv::BITKV_ISA {
 
 // Cosines and sines of every place in a page, for keys that are kept before the rotary embedding. Queries are
-// turned back to a page's first token, so that one table serves all pages.
+// turned back to a page's middle, from which angles are smallest, so that one table serves all pages.
 struct Turns {
   int pairs = 0, page_size = 0;
   std::vector<float> inv_freq, cos, sin;        // [page_size][pairs]
   std::vector<double> page_cos, page_sin;       // of a whole page: from one to the next
+
+  int middle() const { return page_size / 2; }
 
   // Whether anything has changed.
   bool make(const Side& key, int size) {
@@ -21,8 +23,8 @@ struct Turns {
     page_cos.resize(pairs), page_sin.resize(pairs);
     for (int i = 0; i < pairs; ++i) {
       for (int t = 0; t < size; ++t) {
-        cos[size_t(t) * pairs + i] = float(std::cos(double(t) * inv_freq[i]));
-        sin[size_t(t) * pairs + i] = float(std::sin(double(t) * inv_freq[i]));
+        const double angle = (t - middle()) * double(inv_freq[i]);
+        cos[size_t(t) * pairs + i] = float(std::cos(angle)), sin[size_t(t) * pairs + i] = float(std::sin(angle));
       }
       page_cos[i] = std::cos(double(size) * inv_freq[i]), page_sin[i] = std::sin(double(size) * inv_freq[i]);
     }
@@ -30,7 +32,7 @@ struct Turns {
   }
 };
 
-// The angles of a page's first token, stepped from page to page: in double they stay exact for millions.
+// The angles of a page's middle, stepped from page to page: in double they stay exact for millions.
 struct Angle {
   double cos[kColumns / 2], sin[kColumns / 2];
 
@@ -45,10 +47,10 @@ struct Angle {
       cos[i] = c * pc - s * ps, sin[i] = s * pc + c * ps;
     }
   }
-  // Rows of queries turned back to the page, times the factor of keys.
-  void turn_back(const float* x, int rows, int pairs, int dim, float factor, float* out) const {
+  // Rows of queries turned back to the page, times the factor of each pair.
+  void turn_back(const float* x, int rows, int pairs, int dim, const float* factors, float* out) const {
     float c[kColumns / 2], s[kColumns / 2];
-    for (int i = 0; i < pairs; ++i) c[i] = factor * float(cos[i]), s[i] = factor * float(sin[i]);
+    for (int i = 0; i < pairs; ++i) c[i] = factors[i] * float(cos[i]), s[i] = factors[i] * float(sin[i]);
     for (int row = 0; row < rows; ++row, x += dim, out += dim) {
       int i = 0;
       for (; i + kLanes <= pairs; i += kLanes) {

@@ -8,11 +8,10 @@
 
 namespace bitkv::BITKV_ISA {
 
-// Under a name; with lookups or a matrix unit for CPUs that have these beside the instruction set.
-constexpr Kernels kernels(const char* name, [[maybe_unused]] bool lookups = false, bool matrix = false) {
+// Under a name; with lookups for CPUs that can do them beside the instruction set.
+constexpr Kernels kernels(const char* name, [[maybe_unused]] bool lookups = false) {
   return {.name = name,
           .lookups = lookups,
-          .matrix = matrix,
           .attend = attend,
           .encode = encode,
           .nearest = nearest,

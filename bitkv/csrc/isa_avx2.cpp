@@ -1,8 +1,8 @@
 // The kernels for CPUs with AVX2; compiled with its flags.
 #include "isa_headers.h"
-#include "simd_avx2.h"
 
 #define BITKV_ISA avx2
+#include "simd_avx2.h"
 #include "isa.h"
 
 namespace bitkv {

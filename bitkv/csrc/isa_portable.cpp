@@ -1,8 +1,8 @@
 // The kernels for any CPU.
 #include "isa_headers.h"
-#include "simd_portable.h"
 
 #define BITKV_ISA portable
+#include "simd_portable.h"
 #include "isa.h"
 
 namespace bitkv {

@@ -57,7 +57,6 @@ struct AttendRequest {
   float softcap;   // 0 for none
   int threads;
   bool lookups;  // whether the CPU looks up 64 bytes at once (AVX-512 VBMI)
-  bool matrix;   // whether it has a matrix unit beside (AMX)
 
   size_t page_bytes() const { return key.nbytes() + value.nbytes(); }
 };
@@ -115,7 +114,7 @@ struct TablesRequest {
 
 struct Kernels {
   const char* name;
-  bool lookups, matrix;  // for AttendRequest
+  bool lookups;  // for AttendRequest
   void (*attend)(const AttendRequest&);
   void (*encode)(const EncodeRequest&);
   void (*nearest)(const NearestRequest&);

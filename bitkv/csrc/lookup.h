@@ -14,16 +14,9 @@ constexpr int kTileVectors = kTileTokens / kVector;
 
 inline V load_v(const void* p) { return _mm512_loadu_si512(p); }
 
-// acc + sums of four products of unsigned and signed bytes, or of two products of words, in each lane. Copies
-// of the sums, because GCC keeps in memory what assembly changes in an array.
-inline V dot_bytes(V acc, V numbers, V entries) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(numbers), "v"(entries));
-  return acc;
-}
-inline V dot_words(V acc, V a, V b) {
-  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(b));
-  return acc;
-}
+// acc + sums of four products of unsigned and signed bytes, or of two products of words, in each lane.
+inline V dot_bytes(V acc, V numbers, V entries) { return _mm512_dpbusd_epi32(acc, numbers, entries); }
+inline V dot_words(V acc, V a, V b) { return _mm512_dpwssd_epi32(acc, a, b); }
 
 // A table of 256 bytes in registers.
 struct ByteTable {
@@ -33,6 +26,27 @@ struct ByteTable {
       : quarter{load_v(table), load_v(table + 64), load_v(table + 128), load_v(table + 192)} {}
 };
 
+#if defined(BITKV_MATRIX)
+// Codes of 64 tokens, looked up in each quarter of a table: Intel's CPUs permute the bytes of one register in one
+// instruction and those of two in three.
+struct Index {
+  V code;
+  __mmask64 odd, upper, last;  // codes that point into the second or fourth quarter, the third or fourth, the fourth
+
+  explicit Index(V code)
+      : code(code), odd(_mm512_movepi8_mask(_mm512_add_epi8(code, code))), upper(_mm512_movepi8_mask(code)),
+        last(_kand_mask64(odd, upper)) {}
+
+  // What the codes point to.
+  [[gnu::always_inline]] V look_up(const ByteTable& table) const {
+    V x = _mm512_permutexvar_epi8(code, table.quarter[0]);
+    x = _mm512_mask_permutexvar_epi8(x, odd, code, table.quarter[1]);
+    x = _mm512_mask_permutexvar_epi8(x, upper, code, table.quarter[2]);
+    return _mm512_mask_permutexvar_epi8(x, last, code, table.quarter[3]);
+  }
+  [[gnu::always_inline]] V look_up(const uint8_t* table) const { return look_up(ByteTable(table)); }
+};
+#else
 // Codes of 64 tokens, and which half of a table each points into.
 struct Index {
   V code;
@@ -49,6 +63,7 @@ struct Index {
   }
   [[gnu::always_inline]] V look_up(const uint8_t* table) const { return look_up(ByteTable(table)); }
 };
+#endif
 
 // Codes of a tile as bytes, 64 tokens a vector: those of group g lie at from[v] + g * stride.
 struct Codes {

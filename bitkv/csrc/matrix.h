@@ -6,6 +6,11 @@
 
 namespace bitkv::BITKV_ISA {
 
+#if defined(BITKV_MATRIX)
+constexpr bool kHasMatrix = true;
+#else
+constexpr bool kHasMatrix = false;
+#endif
 constexpr int kMatrixRows = 16;   // of a register
 constexpr int kMatrixBytes = 64;  // of a row
 constexpr int kMatrixLeast = 5;   // query rows from which on it is faster, since bytes pass through memory on their way to it

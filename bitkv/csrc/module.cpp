@@ -166,7 +166,6 @@ void attend(std::string_view isa, const Queries& q_tensors, const Shape& shape, 
       .softcap = softcap,
       .threads = threads,
       .lookups = kernels.lookups,
-      .matrix = kernels.matrix,
   };
   const nb::gil_scoped_release released;
   check(request, num_pages, num_rows, hot_capacity);

@@ -5,7 +5,7 @@
 
 #include "page.h"
 
-namespace bitkv::avx2 {
+namespace bitkv::BITKV_ISA {
 
 constexpr int kAccumulators = 4;
 
@@ -187,4 +187,4 @@ void choices_of_sixteen_quads(const int8_t*, uint8_t*);
 inline void sums(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = sum(x[i]); }
 inline void maxima(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = max(x[i]); }
 
-}  // namespace bitkv::avx2
+}  // namespace bitkv::BITKV_ISA

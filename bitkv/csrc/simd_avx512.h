@@ -5,7 +5,7 @@
 
 #include "page.h"
 
-namespace bitkv::avx512 {
+namespace bitkv::BITKV_ISA {
 
 constexpr int kAccumulators = 16;  // registers a kernel may use for sums
 
@@ -195,4 +195,4 @@ inline void reduce(const F (&x)[4], float* out, const Op& op) {
 inline void sums(const F (&x)[4], float* out) { reduce(x, out, [](F a, F b) { return a + b; }); }
 inline void maxima(const F (&x)[4], float* out) { reduce(x, out, [](F a, F b) { return max(a, b); }); }
 
-}  // namespace bitkv::avx512
+}  // namespace bitkv::BITKV_ISA

@@ -9,7 +9,7 @@
 
 #include "page.h"
 
-namespace bitkv::portable {
+namespace bitkv::BITKV_ISA {
 
 constexpr int kAccumulators = 4;
 
@@ -155,4 +155,4 @@ void choices_of_sixteen_quads(const int8_t*, uint8_t*);
 inline void sums(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = sum(x[i]); }
 inline void maxima(const F (&x)[4], float* out) { for (int i = 0; i < 4; ++i) out[i] = max(x[i]); }
 
-}  // namespace bitkv::portable
+}  // namespace bitkv::BITKV_ISA

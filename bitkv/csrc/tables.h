@@ -29,13 +29,14 @@ class Room {
 
 constexpr int kEntries = 256;
 constexpr float kLookupShare = 0.09f;  // of quantization's error that a rounding may add
+constexpr int kBias = 90;              // the largest high part of a turned key: twice that, turned, fits in 16 bits
 constexpr float kValueShare = 0.06f;   // entries of values, which are off by the same for all tokens
 
 // What is made of a codebook once, head by head: tables of its channels, then numbers of channels.
 //   values         bytes [2][width][256]: high and low parts of 256 high + low = (entry - middle) / unit
 //   keys           float32 [width][256]
 //   turned keys    bytes [2][width][256]: of 256 high + low = entry / unit; low is unsigned. Pairs share a unit.
-//                  The high parts are rounded where they are fine enough alone
+//                  Where the high parts, rounded, are fine enough alone, then once more: as unsigned bytes, high + kBias
 struct Tables {
   const uint8_t* data;
   int width;
@@ -52,6 +53,7 @@ struct Tables {
   const float* floats_of(int channel) const { return reinterpret_cast<const float*>(data) + channel * kEntries; }
   const uint8_t* of(int channel) const { return data + channel * kEntries; }
   size_t low() const { return size_t(width) * kEntries; }  // between the parts of a channel
+  const uint8_t* biased(int channel) const { return of(channel) + low(); }
   const float* units() const { return reinterpret_cast<const float*>(data + width * bytes); }
   const float* middles() const { return units() + width; }
   const float* errors() const { return middles() + width; }  // squared, that quantization makes, at least
@@ -113,7 +115,7 @@ inline void tabulate_head(const TablesRequest& r, int head) {
     middles[c] = r.kind == TableKind::values ? (low + high) / 2 : 0;
     for (int e = 0; e < entries; ++e) squares += (entry(e, c) - middles[c]) * (entry(e, c) - middles[c]);
     const float top = std::max({high - middles[c], middles[c] - low, 1e-30f});
-    units[c] = r.kind == TableKind::values ? top / 32512 : top / 23000;
+    units[c] = top / (r.kind == TableKind::values ? 32512 : 256 * kBias);
     in_units += squares / (entries * units[c] * units[c]);
     errors[c] = c % channels ? errors[c - 1] : cell_error(r.codebook.of(head, c / channels), channels, entries, room);
     variance += squares / entries, error += errors[c], rounding += 65536.0 / 12 * units[c] * units[c];
@@ -122,7 +124,8 @@ inline void tabulate_head(const TablesRequest& r, int head) {
   const float share = r.kind == TableKind::values ? kValueShare : kLookupShare;
   const bool is_fine = rounding > share * share * error;
   errors[width + 1] = is_fine;
-  errors[width + 2] = 2 * rounding <= share * share * error;
+  const double angles = variance * 2 / (12 * 127 * 127);  // of rounding cosines and sines to bytes
+  errors[width + 2] = 2 * rounding + angles <= share * share * error;
   errors[width + 3] = float(in_units);
   for (int c = 0; c < r.pairs; ++c) units[c] = units[c + r.pairs] = std::max(units[c], units[c + r.pairs]);
   const bool low_is_signed = r.kind == TableKind::values || !is_fine;
@@ -132,6 +135,7 @@ inline void tabulate_head(const TablesRequest& r, int head) {
       const size_t at = size_t(c) * kEntries + e, low_at = size_t(width) * kEntries + at;
       if (r.kind == TableKind::keys) std::memcpy(out + at * sizeof x, &x, sizeof x);
       else put_bytes(out + at, out + low_at, int(std::nearbyint((x - middles[c]) / units[c])), low_is_signed);
+      if (r.kind == TableKind::turned_keys && !is_fine) out[low_at] = uint8_t(int8_t(out[at]) + kBias);
     }
   }
 }

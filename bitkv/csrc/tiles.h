@@ -68,7 +68,7 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Roo
 
 // A step is a vector of codes that meets two rows of queries, a row of wide tables or two channels of values.
 inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Queries& q, const LookupScratch& l) {
-  const int vectors = r.page_size / kVector, at_once = r.matrix && q.rows >= kMatrixLeast ? kMatrixRows : 4;
+  const int vectors = r.page_size / kVector, at_once = kHasMatrix && q.rows >= kMatrixLeast ? kMatrixRows : 4;
   const int passes = (q.rows + at_once - 1) / at_once;
   int64_t steps = 0;
   if (!plan.looks_up_keys) {
@@ -95,26 +95,26 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   bool as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
   for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
   const int still = as_bytes ? plan.still_pairs : key.pairs;
+  float factors[kColumns / 2];
+  for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
-    angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, key.factor, s.mapped[0]);
+    angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, factors, s.mapped[0]);
     by_four_rows(q.rows, [&](int row, auto h) {
       const float* x = s.mapped[0] + row * r.head_dim;
-      if (as_bytes) round_turned_to_bytes<h()>(x, r.head_dim, key.pairs, still, tables.units(), l.queries[p], row);
-      for (int i = 0; !as_bytes && i < h(); ++i) {
-        round_turned_to_words(x + i * r.head_dim, key.pairs, tables.units(), l.queries[p], row + i);
-      }
+      if (as_bytes) round_turned_to_bytes<h()>(x, r.head_dim, key.pairs, still, l.queries[p], row);
+      for (int i = 0; !as_bytes && i < h(); ++i) round_turned_to_words(x + i * r.head_dim, key.pairs, l.queries[p], row + i);
     });
   }
   const Codes codes = codes_of(tile, key.codes, 0, l.codes);
-  const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, plan.turn_words, l.queries};
+  const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, reinterpret_cast<const V*>(plan.word_angles),
+                        reinterpret_cast<const V*>(plan.byte_angles), l.queries};
   const int per_page = tile.page_size / kVector;
-  const bool by_matrix = as_bytes && r.matrix && q.rows >= kMatrixLeast;
+  const bool by_matrix = as_bytes && kHasMatrix && q.rows >= kMatrixLeast;
   for (int row = 0, n; by_matrix && row < q.rows; row += n) {
     n = std::min(kMatrixRows, q.rows - row);
     l.matrix.shape_rows(n);
     score_by_matrix(keys, still, row, l.sums, l.matrix_keys, fetch);
   }
-  for (int i = 0; !by_matrix && i < q.rows; ++i) std::fill_n(l.sums[i], tile.tokens(), 0);
   for (int pair = 0, last; !by_matrix && pair < key.pairs; pair = last) {
     last = std::min(pair < still ? still : key.pairs, pair + kPairs);
     by_four_rows(q.rows, [&](int row, auto h) {
@@ -127,7 +127,7 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   for (int i = 0; i < q.rows; ++i) {
     for (int v = 0; v < codes.vectors; ++v) {
       const TurnedQueries& of = l.queries[v / per_page];
-      put_turned(l.sums[i] + v * kVector, of.unit[i], of.offset[i], s.scores[i] + v * kVector);
+      put_turned(l.sums[i] + v * kVector, as_bytes, of.unit[i], of.offset[i], s.scores[i] + v * kVector);
     }
   }
 }
@@ -198,8 +198,7 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
     }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
-  add_values(codes, fetch, tables, value.codes.channels, l.weights, r.matrix ? &l.matrix : nullptr, l.matrix_values,
-             q.softmax[0].out, q.stride);
+  add_values(codes, fetch, tables, value.codes.channels, l.weights, l.matrix, l.matrix_values, q.softmax[0].out, q.stride);
 }
 
 // A tile of pages; of one page where values are not looked up.

@@ -1,23 +1,42 @@
 // Keys before the rotary embedding, looked up: entries as 16-bit integers, turned in pairs of channels and multiplied
-// with four rows while they are in registers; where codes are coarse, rounded to bytes before that, and slow pairs not
-// turned within a page.
+// with four rows while they are in registers; where codes are coarse, as bytes, and slow pairs not turned within a page.
 //
 // No include guard: attend.h includes this once.
 
 namespace bitkv::BITKV_ISA {
 
-constexpr int kPairs = 16;            // of channels that are turned while sums are in registers
+constexpr int kPairs = 32;            // of channels that are turned while sums are in registers
 constexpr int kMatrixPairs = 32;      // of channels that fill sixteen quads
-constexpr float kStillAngle = 0.03f;  // in a page, that is as good as none where codes are coarse
+constexpr float kStillAngle = 0.045f;  // in half a page, that is as good as none where codes are coarse
 
-// Cosines and sines of places in a page times 2^15, as 16-bit words of even and of odd tokens:
-// [pairs][vectors of 64 tokens][cos even, cos odd, sin even, sin odd][32].
-inline void turn_table(const Turns& turns, int16_t* out) {
+// What a pair of channels of 64 tokens is turned with, in registers [pairs][vectors of 64 tokens][kWordAngles or kByteAngles].
+constexpr int kWordAngles = 4, kByteAngles = 8;
+constexpr float kTurnedUnit = 128 / 127.0f;  // of keys that were turned as bytes, beside that of those that were not
+
+// Cosines times 2^15, then sines, as words of even and of odd tokens.
+inline void word_angles(const Turns& turns, int16_t* out) {
   for (int i = 0; i < turns.pairs; ++i) {
     for (int t = 0; t < turns.page_size; ++t) {
-      int16_t* to = out + (size_t(i) * turns.page_size + t / 64 * 64) * 2 + t % 2 * 32 + t % 64 / 2;
+      int16_t* to = out + (size_t(i) * turns.page_size + t / kVector * kVector) * 2 + t % 2 * 32 + t % kVector / 2;
       const size_t at = size_t(t) * turns.pairs + i;
       to[0] = int16_t(std::nearbyint(32767 * turns.cos[at])), to[64] = int16_t(std::nearbyint(32767 * turns.sin[at]));
+    }
+  }
+}
+
+// For channels as bytes, kBias above what they stand for: bytes (cos, -sin), then (sin, cos), times 127, for pairs of
+// channels that were unpacked; then words that leave those sums of products 2^14 above what they stand for.
+inline void byte_angles(const Turns& turns, int16_t* out) {
+  const auto word = [](int low, int high) { return int16_t((low & 255) | high * 256); };
+  for (int i = 0; i < turns.pairs; ++i) {
+    for (int t = 0; t < turns.page_size; ++t) {
+      // unpacking leaves halves of eight tokens from each sixteen
+      int16_t* to = out + (size_t(i) * turns.page_size + t / kVector * kVector) * 4;
+      to += t % 16 / 8 * 32 + t % kVector / 16 * 8 + t % 8;
+      const size_t at = size_t(t) * turns.pairs + i;
+      const int cos = int(std::nearbyint(127 * turns.cos[at])), sin = int(std::nearbyint(127 * turns.sin[at]));
+      to[0] = word(cos, -sin), to[64] = word(sin, cos);
+      to[128] = int16_t(kBias * (cos - sin) - (1 << 14)), to[192] = int16_t(kBias * (cos + sin) - (1 << 14));
     }
   }
 }
@@ -65,52 +84,51 @@ inline bool are_coarse(const float* x, int width, const Tables& tables) {
   return unit * unit / 12 * tables.squares() <= kLookupShare * kLookupShare * sum(error);
 }
 
-// Queries as words.
-inline void round_turned_to_words(const float* x, int pairs, const float* units, TurnedQueries& q, int row) {
+// Queries, in units of the keys of their pairs, as words.
+inline void round_turned_to_words(const float* x, int pairs, TurnedQueries& q, int row) {
   F total = set(0), top = set(0);
   for (int i = 0; i < 2 * pairs; i += kLanes) {
-    const F y = abs(load(x + i) * load(units + i));
+    const F y = abs(load(x + i));
     total = total + y, top = max(top, y);
   }
   // no sum of products may pass 2^31, keys being below 2^15
   const float unit = std::max({sum(total) / 65000, max(top) / 32767, 1e-30f});
   q.unit[row] = unit, q.offset[row] = 0;
   for (int i = 0; i < pairs; i += kLanes) {
-    const V a = to_int(load(x + i) * load(units + i) * set(1 / unit)).v;
-    const V b = to_int(load(x + pairs + i) * load(units + pairs + i) * set(1 / unit)).v;
+    const V a = to_int(load(x + i) * set(1 / unit)).v, b = to_int(load(x + pairs + i) * set(1 / unit)).v;
     store_int(q.words[row] + i, {_mm512_or_si512(_mm512_and_si512(a, _mm512_set1_epi32(0xffff)), _mm512_slli_epi32(b, 16))});
   }
 }
 
-// H rows of queries as bytes, for keys that are 256 (byte - 128), and half a byte more where they were turned, which
-// rounds them down: those of the pairs before `still`.
+// H rows of queries as bytes, for keys that are kTurnedUnit (byte - 128), rounded down, in pairs before `still`, which
+// were turned, and byte - kBias in the others.
 template <int H>
-inline void round_turned_to_bytes(const float* x, int stride, int pairs, int still, const float* units, TurnedQueries& q, int row) {
-  F top[H];
-  repeat<H>([&](auto h) { top[h] = set(0); });
-  for (int i = 0; i < 2 * pairs; i += kLanes) {
-    repeat<H>([&](auto h) { top[h] = max(top[h], abs(load(x + h * stride + i) * load(units + i))); });
-  }
+inline void round_turned_to_bytes(const float* x, int stride, int pairs, int still, TurnedQueries& q, int row) {
+  F top[H], offsets[H];
   float largest[H], offset[H];
+  repeat<H>([&](auto h) { top[h] = offsets[h] = set(0); });
+  for (int i = 0; i < 2 * pairs; i += kLanes) {
+    repeat<H>([&](auto h) { top[h] = max(top[h], abs(load(x + h * stride + i))); });
+  }
   maxima_of<H>(top, largest);
-  F offsets[H];
-  repeat<H>([&](auto h) {
-    const float unit = std::max(largest[h] / 127, 1e-30f);
-    const F inverse = set(1 / unit);
-    F all = set(0);
-    for (int i = 0; i < pairs; i += kLanes) {
-      const I a = to_int(load(x + h * stride + i) * load(units + i) * inverse);
-      const I b = to_int(load(x + h * stride + pairs + i) * load(units + pairs + i) * inverse);
-      all = fma(to_float(a + b), set(i < still ? -127.5f : -128), all);
+  F inverse[H];
+  repeat<H>([&](auto h) { inverse[h] = set(127 / std::max(largest[h], 1e-28f)); });
+  for (int i = 0; i < pairs; i += kLanes) {
+    const __mmask16 are_still = __mmask16(~0u << std::clamp(still - i, 0, kLanes));
+    const F bias{_mm512_mask_mov_ps(_mm512_set1_ps(-127.5f), are_still, _mm512_set1_ps(-kBias))};
+    repeat<H>([&](auto h) {
+      const I a = to_int(load(x + h * stride + i) * inverse[h]), b = to_int(load(x + h * stride + pairs + i) * inverse[h]);
+      offsets[h] = fma(to_float(a + b), bias, offsets[h]);
       const __m128i low = _mm512_cvtepi32_epi8(a.v), high = _mm512_cvtepi32_epi8(b.v);
       auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
       _mm_store_si128(to, _mm_unpacklo_epi16(low, high)), _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, high));
-    }
-    if (pairs % kMatrixPairs) std::fill_n(q.bytes[row + h] + pairs / 2, kMatrixPairs / 4, 0);  // of sixteen quads
-    q.unit[row + h] = 256 * unit, offsets[h] = all;
-  });
+    });
+  }
   sums_of<H>(offsets, offset);
-  for (int h = 0; h < H; ++h) q.offset[row + h] = q.unit[row + h] * offset[h];
+  repeat<H>([&](auto h) {
+    if (pairs % kMatrixPairs) std::fill_n(q.bytes[row + h] + pairs / 2, kMatrixPairs / 4, 0);  // of sixteen quads
+    q.unit[row + h] = 256 / 127.0f * std::max(largest[h], 1e-28f), q.offset[row + h] = q.unit[row + h] * offset[h];
+  });
 }
 
 // Everything that scores of keys before the rotary embedding are made of.
@@ -118,16 +136,17 @@ struct TurnedKeys {
   const Codes& codes;
   const Tables& tables;
   int channels, pairs;
-  const int16_t* turns;
+  const V *word_angles, *byte_angles;
   const TurnedQueries* queries;  // of each page
 
   const TurnedQueries& queries_of(int vector) const { return queries[vector * kVector / codes.page_size]; }
-  // Cosines and sines of a vector's tokens for a pair; those of the next pair lie `next_angles` behind.
-  const V* angles_of(int vector, int pair) const {
-    const size_t token = vector * kVector % codes.page_size;
-    return reinterpret_cast<const V*>(turns + (size_t(pair) * codes.page_size + token) * 2);
-  }
-  size_t next_angles() const { return codes.page_size / 16; }
+  // Of a vector's tokens for a pair; those of the next pair lie `next` behind.
+  const V* words_of(int vector, int pair) const { return word_angles + at(vector, pair) * kWordAngles; }
+  const V* bytes_of(int vector, int pair) const { return byte_angles + at(vector, pair) * kByteAngles; }
+  size_t next() const { return codes.page_size / kVector; }
+
+ private:
+  size_t at(int vector, int pair) const { return pair * next() + vector % next(); }
 };
 
 // Codes of vector v for pair i, and of those after it up to `end`.
@@ -156,21 +175,23 @@ struct Turned {
 };
 
 // sums[h][tokens] += channels i and i + pairs, turned, times those of queries, for pairs [first, last) and H rows from
-// `row` on.
+// `row` on; the first pairs begin the sums.
 template <bool kFine, int H>
 [[gnu::noinline]] void score_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
   const int pairs = keys.pairs;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*q)[kColumns / 2] = keys.queries_of(v).words + row;
-    const V* angle = keys.angles_of(v, first);
+    const V* angle = keys.words_of(v, first);
     fetch.steps(last - first);
     V acc[H][4];
-    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    repeat<H>([&](auto h) {
+      repeat<4>([&](auto i) { acc[h][i] = first ? load_v(sums + h * kTile + i * kLanes) : _mm512_setzero_si512(); });
+    });
     for (int i = first; i < last;) {
       const PairCodes of(keys, v, i);
       const int end = std::min(last, of.end);
-      for (; i < end; ++i, angle += keys.next_angles()) {
+      for (; i < end; ++i, angle += keys.next() * kWordAngles) {
         const Words x = Words::of<kFine>(keys.tables, i, of.x), y = Words::of<kFine>(keys.tables, i + pairs, of.y);
         const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
         const V key[4] = {_mm512_unpacklo_epi16(even.p, even.q), _mm512_unpackhi_epi16(even.p, even.q),
@@ -185,38 +206,39 @@ template <bool kFine, int H>
   }
 }
 
-// Keys of 64 tokens in two pairs of channels, turned, as unsigned bytes: a, a', b, b' of 16 tokens in each register.
-// kStill: of pairs that hardly turn within a page. `angle`: of the first pair; those of the second lie `next` behind it.
+// Keys of 64 tokens in two pairs of channels, turned, as unsigned bytes: a, a', b, b' of 16 tokens in each register, of four
+// from each sixteen. kStill: of pairs that hardly turn within a page. `angle`: of the first pair; those of the second lie
+// `next` behind it.
 template <bool kStill>
 struct TurnedBytes {
   V tokens[4];
 
   [[gnu::always_inline]] TurnedBytes(const TurnedKeys& keys, const PairCodes& of, int i, const V* angle, size_t next) {
-    const uint8_t *x_table = keys.tables.of(i), *y_table = keys.tables.of(i + keys.pairs);
-    V p[2], q[2];  // bytes of both pairs: of even and of odd tokens
+    const uint8_t *x_table = keys.tables.biased(i), *y_table = keys.tables.biased(i + keys.pairs);
+    const V x = of.x.look_up(x_table), y = of.y.look_up(y_table);
+    const V x2 = of.x.look_up(x_table + kEntries), y2 = of.y.look_up(y_table + kEntries);
     if constexpr (kStill) {
-      const V x = of.x.look_up(x_table), x2 = of.x.look_up(x_table + kEntries);
-      const V y = of.y.look_up(y_table), y2 = of.y.look_up(y_table + kEntries);
-      p[0] = bytes_of(x, _mm512_slli_epi16(x2, 8)), p[1] = bytes_of(_mm512_srli_epi16(x, 8), x2);
-      q[0] = bytes_of(y, _mm512_slli_epi16(y2, 8)), q[1] = bytes_of(_mm512_srli_epi16(y, 8), y2);
+      put(0, _mm512_unpacklo_epi8(x, x2), _mm512_unpacklo_epi8(y, y2));
+      put(2, _mm512_unpackhi_epi8(x, x2), _mm512_unpackhi_epi8(y, y2));
     } else {
-      const Words x(of.x.look_up(x_table)), y(of.y.look_up(y_table));
-      const Turned even(x.even, y.even, angle[0], angle[2]), odd(x.odd, y.odd, angle[1], angle[3]);
-      const V* a2 = angle + next;
-      const Words x2(of.x.look_up(x_table + kEntries)), y2(of.y.look_up(y_table + kEntries));
-      const Turned even2(x2.even, y2.even, a2[0], a2[2]), odd2(x2.odd, y2.odd, a2[1], a2[3]);
-      p[0] = bytes_of(_mm512_srli_epi16(even.p, 8), even2.p), p[1] = bytes_of(_mm512_srli_epi16(odd.p, 8), odd2.p);
-      q[0] = bytes_of(_mm512_srli_epi16(even.q, 8), even2.q), q[1] = bytes_of(_mm512_srli_epi16(odd.q, 8), odd2.q);
+      const V low = _mm512_unpacklo_epi8(x, y), low2 = _mm512_unpacklo_epi8(x2, y2);
+      const V high = _mm512_unpackhi_epi8(x, y), high2 = _mm512_unpackhi_epi8(x2, y2);
+      const V* angle2 = angle + next;
+      put(0, both(low, low2, angle, angle2), both(low, low2, angle + 2, angle2 + 2));
+      put(2, both(high, high2, angle + 1, angle2 + 1), both(high, high2, angle + 3, angle2 + 3));
     }
-    tokens[0] = _mm512_unpacklo_epi16(p[0], q[0]), tokens[1] = _mm512_unpackhi_epi16(p[0], q[0]);
-    tokens[2] = _mm512_unpacklo_epi16(p[1], q[1]), tokens[3] = _mm512_unpackhi_epi16(p[1], q[1]);
   }
 
  private:
-  // low bytes of one, high ones of the other
-  [[gnu::always_inline]] static V bytes_of(V low, V other) {
-    const V high = _mm512_set1_epi16(int16_t(0xff00)), sign = _mm512_set1_epi8(char(0x80));
-    return _mm512_xor_si512(_mm512_ternarylogic_epi32(low, other, high, 0xd8), sign);
+  [[gnu::always_inline]] void put(int at, V p, V q) {
+    tokens[at] = _mm512_unpacklo_epi16(p, q), tokens[at + 1] = _mm512_unpackhi_epi16(p, q);
+  }
+  // Words that an angle and its bias make of channels, both over 128, side by side as bytes.
+  [[gnu::always_inline]] static V both(V x, V x2, const V* angle, const V* angle2) {
+    const V p = _mm512_sub_epi16(_mm512_maddubs_epi16(x, angle[0]), angle[4]);
+    const V p2 = _mm512_sub_epi16(_mm512_maddubs_epi16(x2, angle2[0]), angle2[4]);
+    const V high = _mm512_set1_epi16(int16_t(0xff00));
+    return _mm512_ternarylogic_epi32(_mm512_srli_epi16(p, 7), _mm512_add_epi16(p2, p2), high, 0xd8);
   }
 };
 
@@ -224,13 +246,15 @@ struct TurnedBytes {
 template <bool kStill, int H>
 [[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
-  const size_t next = keys.next_angles();
+  const size_t next = keys.next() * kByteAngles;
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*queries)[kColumns / 4] = keys.queries_of(v).bytes + row;
-    const V* angle = keys.angles_of(v, first);
+    const V* angle = keys.bytes_of(v, first);
     fetch.steps(last - first);
     V acc[H][4];
-    repeat<H>([&](auto h) { repeat<4>([&](auto i) { acc[h][i] = load_v(sums + h * kTile + i * kLanes); }); });
+    repeat<H>([&](auto h) {
+      repeat<4>([&](auto i) { acc[h][i] = first ? load_v(sums + h * kTile + i * kLanes) : _mm512_setzero_si512(); });
+    });
     for (int i = first; i < last;) {
       const PairCodes of(keys, v, i);
       const int end = std::min(last, of.end);
@@ -251,8 +275,8 @@ struct MatrixKeys { alignas(64) uint8_t tokens[4][kMatrixRows][kMatrixBytes]; };
 
 template <bool kStill>
 [[gnu::noinline]] void put_turned_bytes(const TurnedKeys& keys, int v, int first, int last, int quad, MatrixKeys& to) {
-  const V* angle = keys.angles_of(v, first);
-  const size_t next = keys.next_angles();
+  const V* angle = keys.bytes_of(v, first);
+  const size_t next = keys.next() * kByteAngles;
   for (int i = first; i < last;) {
     const PairCodes of(keys, v, i);
     const int end = std::min(last, of.end);
@@ -292,13 +316,12 @@ inline void transpose_quarters(const V (&x)[4], V (&out)[4]) {
   out[2] = _mm512_shuffle_i32x4(r, t, 0x88), out[3] = _mm512_shuffle_i32x4(r, t, 0xdd);
 }
 
-// Sums as words were unpacked: of even tokens, then of odd ones.
-inline void put_turned(const int32_t* sums, float unit, float offset, float* out) {
-  const V even[2] = {load_v(sums), load_v(sums + 16)}, odd[2] = {load_v(sums + 32), load_v(sums + 48)};
-  // register i has, in quarter l, tokens 16 l + 4 i + 0 ... 3
-  const V x[4] = {_mm512_unpacklo_epi32(even[0], odd[0]), _mm512_unpackhi_epi32(even[0], odd[0]),
-                  _mm512_unpacklo_epi32(even[1], odd[1]), _mm512_unpackhi_epi32(even[1], odd[1])};
-  V y[4];
+// Sums of 64 tokens as words were unpacked, of even tokens, then of odd ones; or as bytes were, four of each sixteen.
+inline void put_turned(const int32_t* sums, bool as_bytes, float unit, float offset, float* out) {
+  V x[4], y[4];  // register i of x has, in quarter l, tokens 16 l + 4 i + 0 ... 3
+  repeat<4>([&](auto i) { y[i] = load_v(sums + i * kLanes); });
+  x[0] = as_bytes ? y[0] : _mm512_unpacklo_epi32(y[0], y[2]), x[1] = as_bytes ? y[1] : _mm512_unpackhi_epi32(y[0], y[2]);
+  x[2] = as_bytes ? y[2] : _mm512_unpacklo_epi32(y[1], y[3]), x[3] = as_bytes ? y[3] : _mm512_unpackhi_epi32(y[1], y[3]);
   transpose_quarters(x, y);
   for (int i = 0; i < 4; ++i) store(out + i * kLanes, fma(to_float(I{y[i]}), set(unit), set(offset)));
 }

@@ -86,41 +86,35 @@ template <int C, int H>
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
   for (int v = 0; v < codes.vectors; ++v) {
     const Index index(load_v(codes.from[v] + at));
-    V entry[C];
-    repeat<C>([&](auto c) { entry[c] = index.look_up(table + c * kEntries); });
-    repeat<H>([&](auto h) {
-      const V weight = load_v(bytes[h] + v * kVector);
-      repeat<C>([&](auto c) { acc[c][h] = dot_bytes(acc[c][h], weight, entry[c]); });
+    V weight[H];
+    repeat<H>([&](auto h) { weight[h] = load_v(bytes[h] + v * kVector); });
+    repeat<C>([&](auto c) {
+      const V entry = index.look_up(table + c * kEntries);
+      repeat<H>([&](auto h) { acc[c][h] = dot_bytes(acc[c][h], weight[h], entry); });
     });
   }
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { out[h][c] = acc[c][h]; }); });
 }
 
-// Calls fn(i, their tables, where their codes lie, how many as a constant) for sixteen channels c + i, two at a time where they
-// share a code. `part`: 1 for the entries' low parts.
-template <class Fn>
-inline void by_channels(const Codes& codes, const Tables& tables, int channels, int c, int part, const Fn& fn) {
-  for (int i = 0; i < kLanes;) {
-    const int group = (c + i) / channels;
-    const uint8_t* table = tables.of(c + i) + part * tables.low();
-    const size_t at = group * codes.stride;
-    const bool two = (c + i + 1) / channels == group && i + 1 < kLanes;
-    if (two) fn(i, table, at, std::integral_constant<int, 2>());
-    else fn(i, table, at, std::integral_constant<int, 1>());
-    i += 1 + two;
-  }
+// Calls fn(how many neighbouring channels share a code, as a constant: up to kMost).
+template <int kMost, class Fn>
+inline void by_sharing(int channels, const Fn& fn) {
+  if (kMost == 4 && channels % 4 == 0) fn(std::integral_constant<int, 4>());
+  else if (channels % 2 == 0) fn(std::integral_constant<int, 2>());
+  else fn(std::integral_constant<int, 1>());
 }
 
-// Sums of H rows of bytes over all channels into out[row of the bytes].
-template <int H>
+// Sums of H rows of bytes over all channels, C at a time, into out[row of the bytes]. `part`: 1 for the entries' low parts.
+template <int C, int H>
 [[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
                                    int part, Fetch& fetch, float* out, int stride) {
   V acc[H][kLanes];
   for (int c = 0; c < tables.width; c += kLanes) {
-    by_channels(codes, tables, channels, c, part, [&](int i, const uint8_t* table, size_t at, auto n) {
+    for (int i = 0; i < kLanes; i += C) {
       fetch.steps(codes.vectors);
-      multiply_values<n(), H>(codes, table, at, rows.bytes + row, reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
-    });
+      multiply_values<C, H>(codes, tables.of(c + i) + part * tables.low(), (c + i) / channels * codes.stride, rows.bytes + row,
+                            reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
+    }
     for (int h = 0; h < H; ++h) {
       float* sums = out + rows.row[row + h] * stride + c;
       const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
@@ -130,11 +124,11 @@ template <int H>
 }
 
 // What the matrix unit is given: entries of sixteen channels, and weights in quads of tokens, `columns` rows in each.
-constexpr int kMatrixVectors = 8;  // whose entries stay in the first-level cache until they are multiplied
+constexpr int kMatrixVectors = 4;  // whose entries stay in the first-level cache until they are multiplied
 struct MatrixValues {
   alignas(64) uint8_t entries[kMatrixVectors][kMatrixRows][kMatrixBytes];
   alignas(64) uint8_t weights[kTileVectors * kMatrixRows * kMatrixBytes];
-  alignas(64) int32_t sums[kMatrixRows * kMatrixRows];
+  alignas(64) int32_t sums[kWidth * kMatrixRows];
 };
 
 // Bytes of rows, four at a time, as the matrix unit wants them; those beyond the last are never looked at.
@@ -158,16 +152,20 @@ inline void put_weights_in_quads(const uint8_t (*bytes)[kTile], int columns, int
   }
 }
 
-// Entries of C neighbouring channels for vectors [first, last), from row `channel` of sixteen on.
+// Entries of sixteen channels, C at a time, of vectors [first, last). `part`: 1 for the low parts.
 template <int C>
-[[gnu::always_inline]] inline void put_entries(const Codes& codes, const uint8_t* table, size_t at, int first, int last,
-                                               int channel, uint8_t (*to)[kMatrixRows][kMatrixBytes]) {
-  const auto tables = [&]<int... c>(std::integer_sequence<int, c...>) {
-    return std::array<ByteTable, C>{ByteTable(table + c * kEntries)...};
-  }(std::make_integer_sequence<int, C>());
-  for (int v = first; v < last; ++v, ++to) {
-    const Index index(load_v(codes.from[v] + at));
-    repeat<C>([&](auto c) { _mm512_store_si512((*to)[channel + c], index.look_up(tables[c])); });
+[[gnu::noinline]] void put_entries(const Codes& codes, const Tables& tables, int channels, int c, int part, int first, int last,
+                                   uint8_t (*to)[kMatrixRows][kMatrixBytes]) {
+  for (int i = 0; i < kMatrixRows; i += C) {
+    const uint8_t* table = tables.of(c + i) + part * tables.low();
+    const size_t at = (c + i) / channels * codes.stride;
+    const auto of = [&]<int... j>(std::integer_sequence<int, j...>) {
+      return std::array<ByteTable, C>{ByteTable(table + j * kEntries)...};
+    }(std::make_integer_sequence<int, C>());
+    for (int v = first; v < last; ++v) {
+      const Index index(load_v(codes.from[v] + at));
+      repeat<C>([&](auto j) { _mm512_store_si512(to[v - first][i + j], index.look_up(of[j])); });
+    }
   }
 }
 
@@ -184,38 +182,44 @@ template <int C>
     Matrix::zero<7>();
     for (int first = 0; first < codes.vectors; first += kMatrixVectors) {
       const int last = std::min(first + kMatrixVectors, codes.vectors);
-      by_channels(codes, tables, channels, c, part, [&](int i, const uint8_t* table, size_t at, auto n) {
-        fetch.steps(last - first);
-        put_entries<n()>(codes, table, at, first, last, i, room.entries);
-      });
+      fetch.steps((last - first) * kMatrixRows / 2);
+      by_sharing<4>(channels, [&](auto n) { put_entries<n()>(codes, tables, channels, c, part, first, last, room.entries); });
       for (int v = first; v < last; ++v) {
         Matrix::load<5>(room.entries[v - first], kMatrixBytes);
         Matrix::load<6>(room.weights + v * kMatrixRows * columns * 4, columns * 4);
         Matrix::dot<7, 5, 6>();
       }
     }
-    Matrix::store<7>(room.sums, columns * 4);
-    for (int h = 0; h < count; ++h) {
-      float* sums = out + rows.row[row + h] * stride + c;
-      const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
-      store(sums, fma(to_float(I{_mm512_i32gather_epi32(at, room.sums + h, 4)}), unit, load(sums)));
+    Matrix::store<7>(room.sums + c * columns, columns * 4);
+  }
+  for (int h = 0; h < count; ++h) {
+    float* sums = out + rows.row[row + h] * stride;
+    const F unit = set(rows.unit[row + h] * (part ? 1 : 256));
+    for (int c = 0; c < tables.width; c += kLanes) {
+      const F of = to_float(I{_mm512_i32gather_epi32(at, room.sums + c * columns + h, 4)});
+      store(sums + c, fma(of, unit * load(tables.units() + c), load(sums + c)));
     }
   }
 }
 
-// `matrix`: the unit and what it is given, or null.
 inline void add_values(const Codes& codes, Fetch& fetch, const Tables& tables, int channels, const ByteRows& rows,
-                       Matrix* matrix, MatrixValues& room, float* out, int stride) {
+                       Matrix& matrix, MatrixValues& room, float* out, int stride) {
   for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
     const int count = part ? rows.high : rows.count;  // low parts of both are too small to matter
     int row = 0;
-    for (int n; matrix && count - row >= kMatrixLeast; row += n) {
+    for (int n; kHasMatrix && count - row >= kMatrixLeast; row += n) {
       n = std::min(kMatrixRows, count - row);
-      sum_values_by_matrix(codes, tables, channels, rows, row, n, part, *matrix, room, fetch, out, stride);
+      sum_values_by_matrix(codes, tables, channels, rows, row, n, part, matrix, room, fetch, out, stride);
     }
-    for (; row + 4 <= count; row += 4) scan_values<4>(codes, tables, channels, rows, row, part, fetch, out, stride);
-    if (row + 2 <= count) { scan_values<2>(codes, tables, channels, rows, row, part, fetch, out, stride); row += 2; }
-    if (row < count) scan_values<1>(codes, tables, channels, rows, row, part, fetch, out, stride);
+    by_sharing<2>(channels, [&](auto n) {
+      const auto scan = [&](auto h) {
+        scan_values<n(), h()>(codes, tables, channels, rows, row, part, fetch, out, stride);
+        row += h();
+      };
+      while (row + 4 <= count) scan(std::integral_constant<int, 4>());
+      if (row + 2 <= count) scan(std::integral_constant<int, 2>());
+      if (row < count) scan(std::integral_constant<int, 1>());
+    });
   }
 }
 

@@ -210,7 +210,7 @@ void attend_once(const Kernels& kernels) {
   r.q = q.get(), r.out = out.get(), r.lse = lse.get(), r.positions = below(2) ? positions.get() : nullptr;
   r.pages = pool.get(), r.block_table = table.get(), r.packed_len = packed_len.get();
   r.hot_k = hot_k.get(), r.hot_v = hot_v.get(), r.hot_len = hot_len.get();
-  r.lookups = kernels.lookups, r.matrix = kernels.matrix;
+  r.lookups = kernels.lookups;
   kernels.attend(r);
 
   for (size_t i = 0; i < size; ++i)
