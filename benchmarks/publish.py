@@ -170,7 +170,7 @@ def attended(name: str = "attention") -> Rows:
 
 
 def is_rival(row: dict[str, Any]) -> bool:
-    return row["backend"] == "vllm" or row["backend"].startswith("sdpa-")
+    return row["backend"].startswith(("vllm", "sdpa-"))
 
 
 def label(row: dict[str, Any]) -> str:

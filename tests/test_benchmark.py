@@ -186,13 +186,14 @@ def test_rivals_read_no_padding() -> None:
 @pytest.mark.skipif(vllm.why_not() is not None, reason="vLLM is not installed")
 @pytest.mark.parametrize("lengths", [[256, 256], [100, 300]])
 def test_vllm_attends_to_every_sequence(lengths: list[int]) -> None:
-    first, second = vllm.attend_calls(Shape(2, 4, 2, 64, "bfloat16"), lengths, 2)
-    for call in (first, second):
-        assert isinstance(call, partial)
-        out = call.args[3]
-        assert out.isnan().all()  # poisoned
-        call()
-        assert out.isfinite().all()
+    shape = Shape(2, 4, 2, 64, "bfloat16")
+    for isa in vllm.variants(shape).values():
+        for call in vllm.attend_calls(shape, lengths, 2, isa):
+            assert isinstance(call, partial)
+            out = call.args[3]
+            assert out.isnan().all()  # poisoned
+            call()
+            assert out.isfinite().all()
 
 
 def test_a_missing_vllm_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

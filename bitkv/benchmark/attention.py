@@ -171,7 +171,7 @@ class _Bench:
         """The row beside the rivals that ran with as many threads."""
         rivals = [r for r in self._rivals if r.environment == row.environment]
         sdpa = min(r.ms for r in rivals if r.is_sdpa)
-        others = [r.ms for r in rivals if not r.is_sdpa]
+        others = [r.ms for r in rivals if r.backend == vllm.NAME]
         return replace(row, vs_sdpa=sdpa / row.ms, vs_vllm=others[0] / row.ms if others else None)
 
     def _runnable(self, layer: PagedLayer, shape: Shape, text: str) -> list[str]:

@@ -28,8 +28,9 @@ class Row:
             is packed; "flush": where one is. "step" and "flush-step": the same, and it attends, other
             memory having been read before. "pack": all pages of a prompt are quantized and packed.
             "prompt": an empty cache takes a whole prompt, packing included.
-        backend: a key of `bitkv.attention.BACKENDS`; "sdpa-gqa", "sdpa-grouped" or "vllm"; for "pack"
-            and "prompt" "cpu" or "torch", whichever packs.
+        backend: a key of `bitkv.attention.BACKENDS`; "sdpa-gqa", "sdpa-grouped", "vllm" or "vllm-vec"
+            (its kernels for CPUs without a matrix unit, where it would take one); for "pack" and
+            "prompt" "cpu" or "torch", whichever packs.
         recipe: the recipe's text; for SDPA and vLLM the dtype of K and V.
         context: tokens of the longest sequence, the new one included; those there before where one is
             appended; those of the prompt for "pack" and "prompt".
@@ -73,7 +74,7 @@ class Row:
 
     @property
     def is_rival(self) -> bool:
-        return self.is_sdpa or self.backend == "vllm"
+        return self.is_sdpa or self.backend.startswith("vllm")
 
 
 class Measurement(NamedTuple):

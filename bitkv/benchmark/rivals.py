@@ -22,8 +22,8 @@ def rival_calls(shape: Shape, lengths: Sequence[int]) -> Iterator[tuple[str, str
             yield backend, dtype, nbytes, calls
     if vllm.why_not() is None:
         nbytes = cache_bytes(shape, lengths, vllm.DTYPE)
-        copies = cold_copies(nbytes)
-        yield vllm.NAME, vllm.DTYPE, nbytes, vllm.attend_calls(shape, lengths, copies)
+        for name, isa in vllm.variants(shape).items():
+            yield name, vllm.DTYPE, nbytes, vllm.attend_calls(shape, lengths, cold_copies(nbytes), isa)
 
 
 def cache_bytes(shape: Shape, lengths: Sequence[int], dtype: str) -> int:

@@ -13,6 +13,7 @@ from bitkv.benchmark.synthetic import Shape
 from bitkv.benchmark.timing import Call
 
 NAME = "vllm"
+WITHOUT_MATRIX_UNIT = "vllm-vec"  # where vLLM takes AMX: the kernels that it has for CPUs without it
 DTYPE = "bfloat16"
 _BLOCK_SIZE = 128  # tokens
 _NO_WINDOW = -1
@@ -40,11 +41,19 @@ def _operators() -> tuple[Any, Callable[..., str]]:
     return operators, backend._get_attn_isa
 
 
-def attend_calls(shape: Shape, lengths: Sequence[int], copies: int) -> list[Call]:
+def variants(shape: Shape) -> dict[str, str]:
+    """Instruction sets by the names of their rows."""
+    chosen = _operators()[1](torch.bfloat16, _BLOCK_SIZE, shape.head_dim, "auto")
+    if chosen != "amx":
+        return {NAME: chosen}
+    torch.cpu._init_amx()  # asks Linux for it, which importing vLLM does not
+    return {NAME: chosen, WITHOUT_MATRIX_UNIT: "vec"}
+
+
+def attend_calls(shape: Shape, lengths: Sequence[int], copies: int, isa: str) -> list[Call]:
     """Attention of one query token a sequence, over as many equal caches as `copies`."""
-    operators, choose_isa = _operators()
+    operators, _ = _operators()
     dtype = torch.bfloat16
-    isa = choose_isa(dtype, _BLOCK_SIZE, shape.head_dim, "auto")
     starts = torch.arange(shape.batch + 1, dtype=torch.int32)
     seq_lens = torch.tensor(lengths, dtype=torch.int32)
     table, blocks = _tables(lengths)
