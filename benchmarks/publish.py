@@ -238,9 +238,13 @@ def speedup() -> str:
 
 
 def speed(name: str = "attention") -> str:
-    """One context, 131,072 tokens or the longest below: recipes, SDPA's fastest variant, and vLLM."""
+    """One context, 131,072 tokens or the longest below: recipes, SDPA's fastest variant, and vLLM.
+
+    Where vLLM takes AMX, its kernels for CPUs without it have a column of their own.
+    """
     measured = attended(name)
     context = max(c for c in {row["context"] for row in measured} if c <= 131072)
+    plain = [row["ms"] for row in measured if row["backend"] == "vllm-vec" and row["context"] == context]
     lines = [
         [
             label(row),
@@ -250,12 +254,13 @@ def speed(name: str = "attention") -> str:
             f"{row['fraction_of_bandwidth']:.0%}",
             times(row["vs_sdpa"]),
             times(row.get("vs_vllm")),
+            *(times(ms / row["ms"]) for ms in plain),
         ]
         for row in measured
         if row["context"] == context and (not is_rival(row) or row["vs_sdpa"] >= 1)
     ]
     headings = [f"{context:,} tokens", "bits", "ms", "GB/s", "of read bandwidth", "× SDPA", "× vLLM"]
-    return markdown(headings, lines)
+    return markdown([*headings, *("× vLLM without AMX" for _ in plain)], lines)
 
 
 def codebooks() -> str:
