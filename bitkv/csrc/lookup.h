@@ -2,7 +2,7 @@
 // tokens' codes in it. And keys as attention meets them: q . entry is tabulated once an item for each query row and
 // group, in 16 bits, or in 8 where that is fine enough.
 //
-// For AVX-512 with VBMI, whose instructions stand in assembly: not every CPU that runs this file has them.
+// For AVX-512 with VBMI. In isa_avx512.cpp its instructions stand in assembly: not every CPU that runs that file has them.
 // No include guard: attend.h includes this once.
 
 namespace bitkv::BITKV_ISA {

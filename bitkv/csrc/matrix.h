@@ -2,7 +2,8 @@
 // of them. Bytes looked up are one operand, and 16 query rows take as long as one. The second operand has in each
 // 32-bit word four bytes that meet four neighbours in a row of the first.
 //
-// In assembly, like the lookups: not every CPU that runs this file has it. No include guard: attend.h includes this once.
+// In assembly, so that numbers of registers may be constants of templates; used where BITKV_MATRIX is defined (isa_amx.cpp).
+// No include guard: attend.h includes this once.
 
 namespace bitkv::BITKV_ISA {
 
