@@ -271,7 +271,7 @@ struct Plan {
   const Angle* angles = nullptr;  // of the first page of each part
   const int16_t *word_angles = nullptr, *byte_angles = nullptr;  // for lookups
   const struct RowTables* row_tables = nullptr;  // [batch][kv_heads][rows], where parts share them
-  int still_pairs = 0;                  // from which on pairs hardly turn within a page; even
+  const int* still = nullptr;  // of each head with tables: see find_still
 
   explicit Plan(const AttendRequest& r)
       : key(half_of(r.key, r)), value(half_of(r.value, r)),
@@ -557,9 +557,10 @@ inline void prepare_turns(const AttendRequest& r, Plan& plan) {
   int16_t *word_table = words.of(places / 2 * (kWordAngles + kByteAngles)), *byte_table = word_table + places / 2 * kWordAngles;
   if (changed) word_angles(turns, word_table), byte_angles(turns, byte_table);
   plan.word_angles = word_table, plan.byte_angles = byte_table;
-  for (int i = 0; i < turns.pairs; ++i) {
-    if (std::abs(r.key.inv_freq[i]) * float(turns.middle()) > kStillAngle) plan.still_pairs = i / 2 * 2 + 2;
-  }
+  static thread_local std::vector<int> still;
+  still.resize(plan.looks_up_keys ? r.key.codebook.heads : 0);
+  for (int h = 0; h < int(still.size()); ++h) still[h] = find_still(turns, Tables(r.key, TableKind::turned_keys, h));
+  plan.still = still.data();
 #endif
 }
 

@@ -47,10 +47,15 @@ struct Angle {
       cos[i] = c * pc - s * ps, sin[i] = s * pc + c * ps;
     }
   }
+  // Times the factor of each pair, in float32; zeros up to whole vectors.
+  void scaled(int pairs, const float* factors, float* c, float* s) const {
+    for (int i = 0; i < pairs; ++i) c[i] = factors[i] * float(cos[i]), s[i] = factors[i] * float(sin[i]);
+    for (int i = pairs; i % kLanes; ++i) c[i] = s[i] = 0;
+  }
   // Rows of queries turned back to the page, times the factor of each pair.
   void turn_back(const float* x, int rows, int pairs, int dim, const float* factors, float* out) const {
     float c[kColumns / 2], s[kColumns / 2];
-    for (int i = 0; i < pairs; ++i) c[i] = factors[i] * float(cos[i]), s[i] = factors[i] * float(sin[i]);
+    scaled(pairs, factors, c, s);
     for (int row = 0; row < rows; ++row, x += dim, out += dim) {
       int i = 0;
       for (; i + kLanes <= pairs; i += kLanes) {

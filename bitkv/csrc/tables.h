@@ -56,6 +56,7 @@ struct Tables {
   const uint8_t* biased(int channel) const { return of(channel) + low(); }
   const float* units() const { return reinterpret_cast<const float*>(data + width * bytes); }
   const float* middles() const { return units() + width; }
+  const float* energies() const { return middles(); }  // of turned keys, whose middles are zero: mean squares
   const float* errors() const { return middles() + width; }  // squared, that quantization makes, at least
   float spread() const { return errors()[width]; }      // the variance of entries over that error
   bool is_fine() const { return errors()[width + 1] != 0; }  // whether bytes need their low parts
@@ -100,7 +101,7 @@ inline void tabulate_head(const TablesRequest& r, int head) {
   uint8_t* out = r.out + head * Tables::head_bytes(width, r.kind);
   float* units = reinterpret_cast<float*>(out + width * Tables::bytes_of_tables(r.kind));
   float *middles = units + width, *errors = middles + width;
-  std::vector<float> room;
+  std::vector<float> room, energies(width);
   const auto entry = [&](int e, int c) {  // those beyond the end repeat the first
     return r.codebook.of(head, c / channels)[(e < entries ? e : 0) * channels + c % channels];
   };
@@ -116,7 +117,8 @@ inline void tabulate_head(const TablesRequest& r, int head) {
     for (int e = 0; e < entries; ++e) squares += (entry(e, c) - middles[c]) * (entry(e, c) - middles[c]);
     const float top = std::max({high - middles[c], middles[c] - low, 1e-30f});
     units[c] = top / (r.kind == TableKind::values ? 32512 : 256 * kBias);
-    in_units += squares / (entries * units[c] * units[c]);
+    energies[c] = float(squares / entries);
+    in_units += energies[c] / (units[c] * units[c]);
     errors[c] = c % channels ? errors[c - 1] : cell_error(r.codebook.of(head, c / channels), channels, entries, room);
     variance += squares / entries, error += errors[c], rounding += 65536.0 / 12 * units[c] * units[c];
   }
@@ -138,6 +140,7 @@ inline void tabulate_head(const TablesRequest& r, int head) {
       if (r.kind == TableKind::turned_keys && !is_fine) out[low_at] = uint8_t(int8_t(out[at]) + kBias);
     }
   }
+  if (r.kind == TableKind::turned_keys) std::copy(energies.begin(), energies.end(), middles);
 }
 
 size_t tabulate(const TablesRequest& r) {

@@ -11,6 +11,7 @@ struct LookupScratch {
   RowTables own_rows[kRows];
   const RowTables* rows;  // of the item's queries
   alignas(64) int32_t sums[kRows][kTile];
+  ScaledQueries scaled;
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
   Matrix matrix;
@@ -94,16 +95,22 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   const Tables tables(key, TableKind::turned_keys, tile.head);
   bool as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
   for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
-  const int still = as_bytes ? plan.still_pairs : key.pairs;
+  const int still = as_bytes ? plan.still[tile.head % key.codebook.heads] : key.pairs;
   float factors[kColumns / 2];
   for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
+  for (int i = 0; as_bytes && i < q.rows; ++i) scale_to_bytes(q.x + i * r.head_dim, key.pairs, factors, l.scaled, i);
+  std::fill_n(factors, as_bytes ? key.pairs : 0, 1.0f);
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
+    if (as_bytes) {
+      float cos[kColumns / 2], sin[kColumns / 2];
+      angle.scaled(key.pairs, factors, cos, sin);
+      by_four_rows(q.rows, [&](int row, auto h) {
+        round_turned_to_bytes<h()>(l.scaled, cos, sin, key.pairs, still, l.queries[p], row);
+      });
+      continue;
+    }
     angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, factors, s.mapped[0]);
-    by_four_rows(q.rows, [&](int row, auto h) {
-      const float* x = s.mapped[0] + row * r.head_dim;
-      if (as_bytes) round_turned_to_bytes<h()>(x, r.head_dim, key.pairs, still, l.queries[p], row);
-      for (int i = 0; !as_bytes && i < h(); ++i) round_turned_to_words(x + i * r.head_dim, key.pairs, l.queries[p], row + i);
-    });
+    for (int i = 0; i < q.rows; ++i) round_turned_to_words(s.mapped[0] + i * r.head_dim, key.pairs, l.queries[p], i);
   }
   const Codes codes = codes_of(tile, key.codes, 0, l.codes);
   const TurnedKeys keys{codes, tables, key.codes.channels, key.pairs, reinterpret_cast<const V*>(plan.word_angles),

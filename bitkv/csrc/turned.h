@@ -7,11 +7,27 @@ namespace bitkv::BITKV_ISA {
 
 constexpr int kPairs = 32;            // of channels that are turned while sums are in registers
 constexpr int kMatrixPairs = 32;      // of channels that fill sixteen quads
-constexpr float kStillAngle = 0.045f;  // in half a page, that is as good as none where codes are coarse
+constexpr float kStillShare = 0.04f;  // of quantization's error that pairs may add which are not turned within a page
 
 // What a pair of channels of 64 tokens is turned with, in registers [pairs][vectors of 64 tokens][kWordAngles or kByteAngles].
 constexpr int kWordAngles = 4, kByteAngles = 8;
 constexpr float kTurnedUnit = 128 / 127.0f;  // of keys that were turned as bytes, beside that of those that were not
+
+// From which pair on all stay as they are within a page; even. A place is off by up to the angle to the page's middle, by
+// a third of its square in the mean.
+inline int find_still(const Turns& turns, const Tables& tables) {
+  const float* energies = tables.energies();
+  float left = kStillShare * kStillShare * std::accumulate(tables.errors(), tables.errors() + tables.width, 0.0f);
+  int first = turns.pairs / 2 * 2;
+  for (; first > 0; first -= 2) {
+    for (int i = first - 2; i < first; ++i) {
+      const float angle = turns.inv_freq[i] * float(turns.middle());
+      left -= angle * angle / 3 * (energies[i] + energies[i + turns.pairs]);
+    }
+    if (left < 0) break;
+  }
+  return first;
+}
 
 // Cosines times 2^15, then sines, as words of even and of odd tokens.
 inline void word_angles(const Turns& turns, int16_t* out) {
@@ -100,24 +116,47 @@ inline void round_turned_to_words(const float* x, int pairs, TurnedQueries& q, i
   }
 }
 
-// H rows of queries as bytes, for keys that are kTurnedUnit (byte - 128), rounded down, in pairs before `still`, which
-// were turned, and byte - kBias in the others.
-template <int H>
-inline void round_turned_to_bytes(const float* x, int stride, int pairs, int still, TurnedQueries& q, int row) {
-  F top[H], offsets[H];
-  float largest[H], offset[H];
-  repeat<H>([&](auto h) { top[h] = offsets[h] = set(0); });
-  for (int i = 0; i < 2 * pairs; i += kLanes) {
-    repeat<H>([&](auto h) { top[h] = max(top[h], abs(load(x + h * stride + i))); });
+// Rows of queries times a factor that makes 127 the longest of their pairs: no turn takes them out of bytes.
+struct ScaledQueries {
+  alignas(64) float x[kRows][2][kColumns / 2];  // halves of pairs, zeros up to whole registers
+  float unit[kRows];
+};
+
+// `factors`: of pairs, whose keys are in units of their own.
+inline void scale_to_bytes(const float* x, int pairs, const float* factors, ScaledQueries& q, int row) {
+  float(*to)[kColumns / 2] = q.x[row];
+  F top = set(0);
+  for (int i = 0; i < pairs; i += kLanes) {
+    const __mmask16 some = __mmask16((1u << std::min(pairs - i, kLanes)) - 1);
+    const __m512 factor = _mm512_maskz_loadu_ps(some, factors + i);
+    const F a{_mm512_mul_ps(factor, _mm512_maskz_loadu_ps(some, x + i))};
+    const F b{_mm512_mul_ps(factor, _mm512_maskz_loadu_ps(some, x + pairs + i))};
+    store(to[0] + i, a), store(to[1] + i, b);
+    top = max(top, fma(a, a, b * b));
   }
-  maxima_of<H>(top, largest);
-  F inverse[H];
-  repeat<H>([&](auto h) { inverse[h] = set(127 / std::max(largest[h], 1e-28f)); });
+  const float longest = std::max(std::sqrt(max(top)), 1e-18f);
+  q.unit[row] = longest / 127;
+  const F inverse = set(127 / longest);
+  for (int i = 0; i < pairs; i += kLanes) {
+    store(to[0] + i, load(to[0] + i) * inverse), store(to[1] + i, load(to[1] + i) * inverse);
+  }
+}
+
+// H rows of queries, turned back by a page's angles, as bytes, for keys that are kTurnedUnit (byte - 128), rounded down, in
+// pairs before `still`, which were turned, and byte - kBias in the others.
+template <int H>
+inline void round_turned_to_bytes(const ScaledQueries& x, const float* cos, const float* sin, int pairs, int still,
+                                  TurnedQueries& q, int row) {
+  F offsets[H];
+  float offset[H];
+  repeat<H>([&](auto h) { offsets[h] = set(0); });
   for (int i = 0; i < pairs; i += kLanes) {
     const __mmask16 are_still = __mmask16(~0u << std::clamp(still - i, 0, kLanes));
     const F bias{_mm512_mask_mov_ps(_mm512_set1_ps(-127.5f), are_still, _mm512_set1_ps(-kBias))};
+    const F c = load(cos + i), s = load(sin + i);
     repeat<H>([&](auto h) {
-      const I a = to_int(load(x + h * stride + i) * inverse[h]), b = to_int(load(x + h * stride + pairs + i) * inverse[h]);
+      const F x0 = load(x.x[row + h][0] + i), x1 = load(x.x[row + h][1] + i);
+      const I a = to_int(fma(x0, c, x1 * s)), b = to_int(x1 * c - x0 * s);
       offsets[h] = fma(to_float(a + b), bias, offsets[h]);
       const __m128i low = _mm512_cvtepi32_epi8(a.v), high = _mm512_cvtepi32_epi8(b.v);
       auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
@@ -127,7 +166,7 @@ inline void round_turned_to_bytes(const float* x, int stride, int pairs, int sti
   sums_of<H>(offsets, offset);
   repeat<H>([&](auto h) {
     if (pairs % kMatrixPairs) std::fill_n(q.bytes[row + h] + pairs / 2, kMatrixPairs / 4, 0);  // of sixteen quads
-    q.unit[row + h] = 256 / 127.0f * std::max(largest[h], 1e-28f), q.offset[row + h] = q.unit[row + h] * offset[h];
+    q.unit[row + h] = 256 * x.unit[row + h], q.offset[row + h] = q.unit[row + h] * offset[h];
   });
 }
 

@@ -38,9 +38,19 @@ inline void find_weight_units(const float* weights, int tokens, float spread, We
   }
 }
 
-// Bytes of a row of weights in steps of largest / steps, shifted right.
-inline void put_weights(const float* weights, int tokens, float largest, float steps, int shift, uint8_t* out) {
-  const F inverse = set(largest > 1e-30f ? steps / largest : 0);
+// Bytes of a row of weights in steps of largest / 255.
+inline void put_weights(const float* weights, int tokens, float largest, uint8_t* out) {
+  const F inverse = set(largest > 1e-30f ? 255 / largest : 0);
+  for (int t = 0; t < tokens; t += kVector) {
+    I y[4];
+    repeat<4>([&](auto i) { y[i] = to_int(load(weights + t + i * kLanes) * inverse); });
+    store_bytes(out + t, pack<true>(y[0], y[1], y[2], y[3]));
+  }
+}
+
+// In steps of largest / 65280, their high or their low bytes.
+inline void put_half_weights(const float* weights, int tokens, float largest, int shift, uint8_t* out) {
+  const F inverse = set(largest > 1e-30f ? 65280 / largest : 0);
   for (int t = 0; t < tokens; t += kLanes) {
     const V y = _mm512_srli_epi32(to_int(load(weights + t) * inverse).v, unsigned(shift));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out + t), _mm512_cvtepi32_epi8(y));
@@ -57,10 +67,13 @@ inline void round_weights(const float* weights, int rows, int tokens, float spre
     const WeightUnit& unit = units[i];
     totals[i] = unit.total;
     out.row[i] = i, out.unit[i] = unit.largest / 255;
-    put_weights(from, tokens, unit.largest, unit.is_coarse ? 65280 : 255, unit.is_coarse ? 8 : 0, out.bytes[i]);
-    if (!unit.is_coarse) continue;
+    if (!unit.is_coarse) {
+      put_weights(from, tokens, unit.largest, out.bytes[i]);
+      continue;
+    }
+    put_half_weights(from, tokens, unit.largest, 8, out.bytes[i]);
     out.row[out.count] = i, out.unit[out.count] = unit.largest / 65280;
-    put_weights(from, tokens, unit.largest, 65280, 0, out.bytes[out.count++]);
+    put_half_weights(from, tokens, unit.largest, 0, out.bytes[out.count++]);
   }
 }
 
