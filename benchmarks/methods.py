@@ -61,6 +61,14 @@ STRESS_RECALL_COMMAND = (
     *("--length", "4096", "--samples", "20", "--seeds", "3", "--calibration-tokens", "16384"),
 )
 
+# drawn three times each: what calibration reads, and where k-means begins
+FISHER = ("cq(8, 8)", "cq(8, 8, 'uniform')")
+FISHER_COMMAND = (
+    *("--dtype", "float32", "--sinks", "4", "--recent", "64", "--tokens", "16384"),
+    *("--task", "agreement"),
+)
+SEEDS = (0, 1, 2)
+
 # the paper's prefixes at the budgets where another allocation was found
 PREFIXES = ((3, 0), (2, 1), (4, 1), (3, 2), (4, 2), (3, 3), (4, 3))
 
@@ -157,6 +165,21 @@ def recall_table(rows: Rows, markdown: Callable[..., str]) -> str:
         for row in ordered
     ]
     return markdown(["recipe", "bits", "found", "needle 4K", "95 % interval"], lines)
+
+
+def fisher_table(models: dict[str, Rows], markdown: Callable[..., str]) -> str:
+    """Codebooks of weighted and of plain k-means, and the windows of text where the former is closer."""
+    lines = []
+    for model, rows in models.items():
+        weighted, plain = ([row for row in rows if row["recipe"] == name] for name in FISHER)
+        means = (", ".join(f"{row['kl_mean']:.4f}" for row in drawn) for drawn in (weighted, plain))
+        closer = [
+            a < b
+            for one, other in zip(weighted, plain, strict=True)
+            for a, b in zip(one["kl_windows"], other["kl_windows"], strict=True)
+        ]
+        lines.append([model, *means, f"{sum(closer)} of {len(closer)}"])
+    return markdown(["model", *(f"`{name}`: KL" for name in FISHER), "closer in windows"], lines)
 
 
 def allocation_table(rows: Rows, markdown: Callable[..., str]) -> str:

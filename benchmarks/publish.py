@@ -521,6 +521,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "methods_stress": lambda: methods.short_table(rows("methods_stress"), markdown, every=True),
     "methods_recall": lambda: methods.recall_table(rows("methods_recall"), markdown),
     "methods_stress_recall": lambda: methods.recall_table(rows("methods_stress_recall"), markdown),
+    "fisher": lambda: methods.fisher_table(
+        {"bundled": rows("fisher"), "with outlier channels": rows("fisher_stress")}, markdown
+    ),
     "allocation": lambda: methods.allocation_table(rows("allocation"), markdown),
     "demo": lambda: generate("generate"),
     "prefill": lambda: generate("prefill"),

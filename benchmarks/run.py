@@ -80,6 +80,8 @@ COMMANDS: dict[str, list[str]] = {
     "methods_stress_recall": [
         *("eval", *_named(methods.STRESS_RECALLED), *methods.STRESS_RECALL_COMMAND),
     ],
+    "fisher": ["eval", *_named(methods.FISHER), *methods.FISHER_COMMAND],
+    "fisher_stress": ["eval", *_named(methods.FISHER), *methods.FISHER_COMMAND, "--stress"],
     "allocation": ["eval", *_named(methods.ALLOCATED), *methods.ALLOCATION_COMMAND],
     "recall": ["eval", *_named(RECIPES), "--task", "needle", "--samples", "60"],
     "levels": [*_LEVELS, "--dtype", "float32"],
@@ -113,7 +115,9 @@ COMMANDS: dict[str, list[str]] = {
         *("--context", "4096", "16384", "32768", "65536", "131072"),
     ],
 }
+# measured with each of these
 INSTRUCTION_SETS = {"matrix": ("avx512", "amx")}
+SEEDS = {"fisher": methods.SEEDS, "fisher_stress": methods.SEEDS}
 PREFILL_TOKENS = 8000
 
 
@@ -129,26 +133,30 @@ def main() -> int:
             command = [*COMMANDS[name], "--json", str(target)]
             if name == "prefill":
                 command.insert(3, str(held_out_prompt(Path(folder) / "prompt.txt", PREFILL_TOKENS)))
-            code = measure(command, target, INSTRUCTION_SETS.get(name, (None,)))
+            code = measure(command, target, INSTRUCTION_SETS.get(name, (None,)), SEEDS.get(name, (None,)))
         if code:
             return code
     publish.main()
     return 0
 
 
-def measure(command: list[str], target: Path, isas: Sequence[str | None]) -> int:
-    """Run a command that writes rows to `target`, with each instruction set of the CPU kernels."""
+def measure(
+    command: list[str], target: Path, isas: Sequence[str | None], seeds: Sequence[int | None]
+) -> int:
+    """Run a command that writes rows to `target`, with each instruction set of the CPU kernels and each seed."""
     rows: list[dict[str, object]] = []
-    for isa in isas:
-        print("$", f"BITKV_CPU_ISA={isa}" if isa else "", "bitkv", shlex.join(command), flush=True)
+    for isa, seed in itertools.product(isas, seeds):
+        words = command if seed is None else [*command, "--seed", str(seed)]
+        print("$", f"BITKV_CPU_ISA={isa}" if isa else "", "bitkv", shlex.join(words), flush=True)
         if isa:
             os.environ["BITKV_CPU_ISA"] = isa
         native.isa.cache_clear()
-        code = bitkv(command)
+        code = bitkv(words)
         os.environ.pop("BITKV_CPU_ISA", None)
         if code:
             return code
-        rows += json.loads(target.read_text())
+        marks = {} if seed is None else {"seed": seed}
+        rows += [row | marks for row in json.loads(target.read_text())]
     write_json(target, rows)
     return 0
 

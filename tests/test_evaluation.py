@@ -113,6 +113,9 @@ def test_one_bit_minmax_is_worse_than_two_searched_bits(stock, subjects, windows
     assert 1e-4 < quick2.kl_mean < minmax1.kl_mean / 3
     assert quick2.kl_mean < quick2.kl_p99 < minmax1.kl_p99
     assert minmax1.top1 < quick2.top1 < 1
+    assert len(quick2.kl_windows) == len(windows.ids)
+    assert sum(quick2.kl_windows) / len(windows.ids) == pytest.approx(quick2.kl_mean)
+    assert all(a < b for a, b in zip(quick2.kl_windows, minmax1.kl_windows, strict=True))
 
 
 def test_packed_attention_differs_where_an_exact_prefill_hides_the_recipe(model, stock, windows):

@@ -32,7 +32,7 @@ def agreement(
     return [
         subject.row(
             "agreement",
-            _result(torch.cat(parts), matched),
+            _result(parts, matched),
             cache=cache,
             protocol=protocol,
             context=windows.ids.shape[1],
@@ -50,9 +50,11 @@ def kl_divergence(expected: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1).clamp_(min=0)
 
 
-def _result(divergence: Tensor, matched: int) -> Agreement:
+def _result(windows: Sequence[Tensor], matched: int) -> Agreement:
+    divergence = torch.cat([*windows])
     return Agreement(
         kl_mean=float(divergence.mean()),
         kl_p99=float(divergence.quantile(0.99)),
         top1=matched / len(divergence),
+        kl_windows=tuple(float(x.mean()) for x in windows),
     )

@@ -36,11 +36,13 @@ class Agreement:
     Args:
         kl_mean, kl_p99: KL(stock ‖ recipe) per token in nats: mean and 99th percentile.
         top1: share of tokens whose most likely successor is the same.
+        kl_windows: the mean of each window. Texts differ more than recipes do: compare window by window.
     """
 
     kl_mean: Annotated[float, Column("KL mean", ".5f")]
     kl_p99: Annotated[float, Column("KL p99", ".4f")]
     top1: Annotated[float, Column("top-1", ".2%")]
+    kl_windows: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
