@@ -203,15 +203,15 @@ def times(ratio: float | None) -> str:
     return f"{ratio:.2f}×" if ratio < 10 else f"{ratio:.1f}×"
 
 
-def attention(name: str = "attention") -> str:
+def attention() -> str:
     """Milliseconds against context."""
-    return by_context(attended(name), lambda row: f"{row['ms']:.3g}")
+    return by_context(attended(), lambda row: f"{row['ms']:.3g}")
 
 
-def line(name: str) -> str:
+def line() -> str:
     """Milliseconds of recipes as a line of the context, fitted to the relative errors."""
     lines = []
-    chosen = [row for row in attended(name) if not is_rival(row) and row["context"] >= 4096]
+    chosen = [row for row in attended() if not is_rival(row)]
     for recipe in dict.fromkeys(map(label, chosen)):
         context, ms = np.array([(r["context"], r["ms"]) for r in chosen if label(r) == recipe]).T
         columns = np.stack([1 / ms, context / ms], axis=1)
@@ -237,12 +237,12 @@ def speedup() -> str:
     return by_context([row for row in attended() if not is_rival(row)], cell)
 
 
-def speed(name: str = "attention") -> str:
+def speed() -> str:
     """One context, 131,072 tokens or the longest below: recipes, SDPA's fastest variant, and vLLM.
 
     Where vLLM takes AMX, its kernels for CPUs without it have a column of their own.
     """
-    measured = attended(name)
+    measured = attended()
     context = max(c for c in {row["context"] for row in measured} if c <= 131072)
     plain = [row["ms"] for row in measured if row["backend"] == "vllm-vec" and row["context"] == context]
     lines = [
@@ -530,11 +530,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "levels": levels,
     "speed": speed,
-    "speed_amx": lambda: speed("attention_amx"),
     "attention": attention,
-    "contexts_amx": lambda: attention("contexts_amx"),
-    "line_amx": lambda: line("line_amx"),
-    "line": lambda: line("attention"),
+    "line": line,
     "bandwidth": bandwidth,
     "speedup": speedup,
     "codebooks": codebooks,

@@ -117,16 +117,13 @@ class _Bench:
 
     def rivals(self, shape: Shape, context: int) -> None:
         """SDPA in both dtypes and arrangements of heads, and vLLM: what later rows are compared with."""
-        measured = [
-            make_row(
-                Measurement("attend", backend, dtype, context, ms, nbytes, 8.0 * dtype_bytes(dtype)),
-                shape,
-                environment,
-                ragged=self.ragged,
-            )
-            for backend, dtype, nbytes, calls in rival_calls(shape, self._lengths(shape, context))
-            for environment, ms in self._time(calls)
-        ]
+        measured: list[Row] = []
+        for backend, dtype, nbytes, calls in rival_calls(shape, self._lengths(shape, context)):
+            bits = 8.0 * dtype_bytes(dtype)
+            for environment, ms in self._time(calls):
+                timed = Measurement("attend", backend, dtype, context, ms, nbytes, bits)
+                measured.append(make_row(timed, shape, environment, ragged=self.ragged))
+            calls.clear()  # or two rivals' copies of a million tokens are in memory at once
         self._rivals = sorted(measured, key=lambda row: self._order(row.environment))
         self.rows += map(self._compared, self._rivals)
 

@@ -1,6 +1,6 @@
 // Pages as float32, for whatever has no kernel of its own: codes, then linear maps, then the rotary embedding.
 //
-// No include guard: each isa_*.cpp includes this once, after rows.h.
+// No include guard: attend.h includes this once.
 
 namespace bitkv::BITKV_ISA {
 

@@ -7,7 +7,7 @@
 // while codes are multiplied, and in up to four streams, each in order and in a 4 KB of its own: the hardware runs ahead of all
 // of them, and a prefetch finds its line under way.
 //
-// No include guard: rows.h includes this.
+// No include guard: attend.h includes this once.
 
 namespace bitkv::BITKV_ISA {
 
