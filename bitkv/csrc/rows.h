@@ -5,6 +5,7 @@
 
 namespace bitkv::BITKV_ISA {
 
+constexpr int kRows = 32;      // query rows that share a pass over a page
 constexpr int kColumns = 256;  // channels of a head or tokens of a page, at most
 constexpr int kWidth = 512;    // numbers of a token that pages code, at most: a linear map may give more than channels
 constexpr int kTokens = 128;   // tokens of a page, at most
