@@ -14,8 +14,8 @@
 #include "plan.h"
 #if defined(BITKV_LOOKUP)
 #include "tables.h"
-#include "lookup.h"
 #include "matrix.h"
+#include "lookup.h"
 #include "turned.h"
 #include "values.h"
 #endif

@@ -34,7 +34,7 @@ struct Index {
   __mmask64 odd, upper, last;  // codes that point into the second or fourth quarter, the third or fourth, the fourth
 
   explicit Index(V code)
-      : code(code), odd(_mm512_movepi8_mask(_mm512_add_epi8(code, code))), upper(_mm512_movepi8_mask(code)),
+      : code(code), odd(_mm512_test_epi8_mask(code, _mm512_set1_epi8(64))), upper(_mm512_movepi8_mask(code)),
         last(_kand_mask64(odd, upper)) {}
 
   // What the codes point to.
@@ -212,15 +212,21 @@ inline void by_vectors(const Codes& codes, const Fn& scan) {
   for (; v < codes.vectors; ++v) scan(v, std::integral_constant<int, 1>());
 }
 
-// How many of `count` rows go through a tile together.
-inline int rows_at_once(const RowTables* row, int count) { return count > 1 && !row[0].is_wide && !row[1].is_wide ? 2 : 1; }
+// How many of `count` rows go through a tile together: 4 share the masks of quarters, whose tables then stay in memory.
+inline int rows_at_once(const RowTables* row, int count) {
+  const auto narrow = [&](int n) {
+    return n <= count && std::none_of(row, row + n, [](const RowTables& of) { return of.is_wide; });
+  };
+  return kHasMatrix && narrow(4) ? 4 : narrow(2) ? 2 : 1;
+}
 
 inline void score_codes(const Codes& codes, int groups, const RowTables* rows, int count, Fetch& fetch, float* scores) {
   for (int i = 0; i < count;) {
     const RowTables* row = rows + i;
     float* out = scores + i * kTile;
     const int at_once = rows_at_once(row, count - i);
-    if (at_once == 2) by_vectors<4>(codes, [&](int v, auto n) { scan_rows<n(), 2>(codes, groups, row, v, fetch, out); });
+    if (at_once == 4) by_vectors<1>(codes, [&](int v, auto n) { scan_rows<n(), 4>(codes, groups, row, v, fetch, out); });
+    else if (at_once == 2) by_vectors<4>(codes, [&](int v, auto n) { scan_rows<n(), 2>(codes, groups, row, v, fetch, out); });
     else if (row->is_wide) by_vectors<8>(codes, [&](int v, auto n) { scan_wide_row<n()>(codes, groups, *row, v, fetch, out); });
     else by_vectors<8>(codes, [&](int v, auto n) { scan_rows<n(), 1>(codes, groups, row, v, fetch, out); });
     i += at_once;

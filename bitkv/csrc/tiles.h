@@ -67,7 +67,7 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Roo
   return codes;
 }
 
-// A step is a vector of codes that meets two rows of queries, a row of wide tables or two channels of values.
+// A step is a vector of codes that meets two or four rows of queries, a row of wide tables or two channels of values.
 inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Queries& q, const LookupScratch& l) {
   const int vectors = r.page_size / kVector, at_once = kHasMatrix && q.rows >= kMatrixLeast ? kMatrixRows : 4;
   const int passes = (q.rows + at_once - 1) / at_once;
