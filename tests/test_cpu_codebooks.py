@@ -254,10 +254,28 @@ def test_keys_of_which_some_or_all_pairs_hardly_turn_within_a_page(channels, bit
 
 @FAST
 def test_queries_whose_channels_add_up(channels, bits):
-    """What rounding down takes from keys is given back; pairs turn just fast enough to be turned."""
+    """What rounding down takes from keys is given back; pairs turn just fast enough for most to be turned."""
     key, value = coupled(channels, bits, 128, rope="before", site="key"), coupled(channels, bits, 128)
-    case = case_of(key, value, (2400,), heads=8, rope=Rope(torch.full((64,), 3e-4)))
+    case = case_of(key, value, (2400,), heads=8, rope=Rope(torch.full((64,), 2e-3)))
     case.q = case.q.abs()
+    assert_rule(case)
+
+
+@FAST
+@pytest.mark.parametrize("slow", [slice(32, 64), slice(33, 34)])
+def test_slow_pairs_that_have_most_of_the_energy(channels, bits, slow):
+    """How far a pair may turn unnoticed depends on what it is of a key, not on its angle alone."""
+    turns = Rope(5e5 ** (-torch.arange(64) / 64), factor=1.1)
+    scale = torch.ones(64)
+    scale[slow] = 12
+    x = torch.randn(2, 3000, 128, generator=torch.Generator().manual_seed(3)) * scale.repeat(2)
+    sample = Sample("key", x, torch.arange(3000), torch.ones_like(x), None, turns)
+    key = Coupled(channels, bits, "uniform", "before").calibrate(sample)
+    case = case_of(key, coupled(channels, bits, 128), (2400,), heads=8, rope=turns)
+    case.k[:] = x[:, :2400]
+    case.q /= scale.repeat(2)
+    case.layer = filled(key, coupled(channels, bits, 128), case.k, case.v, (2400,), rope=turns)
+    case.view = case.layer.view()
     assert_rule(case)
 
 
