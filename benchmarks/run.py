@@ -133,7 +133,8 @@ def main() -> int:
             command = [*COMMANDS[name], "--json", str(target)]
             if name == "prefill":
                 command.insert(3, str(held_out_prompt(Path(folder) / "prompt.txt", PREFILL_TOKENS)))
-            code = measure(command, target, INSTRUCTION_SETS.get(name, (None,)), SEEDS.get(name, (None,)))
+            isas, seeds = INSTRUCTION_SETS.get(name, (None,)), SEEDS.get(name, (None,))
+            code = measure(command, target, isas, seeds)
         if code:
             return code
     publish.main()
@@ -143,7 +144,7 @@ def main() -> int:
 def measure(
     command: list[str], target: Path, isas: Sequence[str | None], seeds: Sequence[int | None]
 ) -> int:
-    """Run a command that writes rows to `target`, with each instruction set of the CPU kernels and each seed."""
+    """Run a command that writes rows to `target`, with each instruction set of the kernels and each seed."""
     rows: list[dict[str, object]] = []
     for isa, seed in itertools.product(isas, seeds):
         words = command if seed is None else [*command, "--seed", str(seed)]

@@ -254,7 +254,7 @@ def test_keys_of_which_some_or_all_pairs_hardly_turn_within_a_page(channels, bit
 
 @FAST
 def test_queries_whose_channels_add_up(channels, bits):
-    """What rounding down takes from keys is given back; pairs turn just fast enough for most to be turned."""
+    """What rounding down takes from keys is given back; pairs turn just fast enough, most of them."""
     key, value = coupled(channels, bits, 128, rope="before", site="key"), coupled(channels, bits, 128)
     case = case_of(key, value, (2400,), heads=8, rope=Rope(torch.full((64,), 2e-3)))
     case.q = case.q.abs()
