@@ -144,7 +144,7 @@ def main() -> int:
 def measure(
     command: list[str], target: Path, isas: Sequence[str | None], seeds: Sequence[int | None]
 ) -> int:
-    """Run a command that writes rows to `target`, with each instruction set of the kernels and each seed."""
+    """Run a command that writes rows to `target`, with each instruction set and each seed."""
     rows: list[dict[str, object]] = []
     for isa, seed in itertools.product(isas, seeds):
         words = command if seed is None else [*command, "--seed", str(seed)]
