@@ -89,7 +89,7 @@ COMMANDS: dict[str, list[str]] = {
     # with a Python that has vLLM, this one compares with it too
     "attention": [
         *("bench", "attention", "--full", *_named(SPEED)),
-        *("--context", "4096", "16384", "65536", "131072", "262144", "1048576"),
+        *("--context", "4096", "16384", "131072", "1048576"),
     ],
     # codecs that learn have learned Gaussian data here: speed does not depend on it
     "codebooks": [
