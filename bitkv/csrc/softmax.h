@@ -8,17 +8,33 @@ constexpr float kLog2e = 1.44269504088896f;
 constexpr float kNegligible = 0x1p-40f;  // a share of the sum that float32 cannot notice
 constexpr float kHeadroom = 0x1p30f;     // weights may grow this far before `high` follows the scores
 
-// 2^x within 2e-7 of it; 0 from -127 down. NaN stays.
-inline F exp2(F x) {
+// take_whole leaves of x what is beside the nearest whole number, which it returns for `scaled`: a * 2^n.
+#if defined(BITKV_MATRIX)  // Intel's CPUs are fast at what was made for this; on AMD's it queues with multiplications
+inline F take_whole(F& x) {
+  const F fraction{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT)}, whole = x - fraction;
+  x = fraction;
+  return whole;
+}
+inline F scaled(F a, F n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+#else
+inline F take_whole(F& x) {
   x = min(set(127), max(set(-127), x));
   const F n = x + set(0x1.8p23f);  // rounded: no room for a fraction
-  const F f = x - (n - set(0x1.8p23f));
-  F p = fma(f, set(0.00132647271f), set(0.00967151267f));
-  p = fma(p, f, set(0.0555073374f));
-  p = fma(p, f, set(0.240222421f));
-  p = fma(p, f, set(0.693146978f));
-  p = fma(p, f, set(1));
-  return times_power_of_two(p, n);
+  x = x - (n - set(0x1.8p23f));
+  return n;
+}
+inline F scaled(F a, F n) { return times_power_of_two(a, n); }
+#endif
+
+// 2^x within 2e-7 of it; less than 2^-126 from -126 down. NaN stays.
+inline F exp2(F x) {
+  const F n = take_whole(x);
+  F p = fma(x, set(0.00132647271f), set(0.00967151267f));
+  p = fma(p, x, set(0.0555073374f));
+  p = fma(p, x, set(0.240222421f));
+  p = fma(p, x, set(0.693146978f));
+  p = fma(p, x, set(1));
+  return scaled(p, n);
 }
 
 inline float exp2(float x) {

@@ -4,6 +4,26 @@
 
 namespace bitkv::BITKV_ISA {
 
+// An item's queries for keys before the rotary embedding.
+struct ItemQueries {
+  bool as_bytes;
+  int still;                    // from which pair on keys are not turned within a page
+  float factors[kColumns / 2];  // of pairs, while they are turned
+  ScaledQueries scaled;         // as_bytes: with the factors in them
+
+  void make(const AttendRequest& r, const Plan& plan, const Queries& q, int head) {
+    const Side& key = r.key;
+    const Tables tables(key, TableKind::turned_keys, head);
+    as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
+    for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
+    still = as_bytes ? plan.still[head % key.codebook.heads] : key.pairs;
+    for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
+    if (!as_bytes) return;
+    for (int i = 0; i < q.rows; ++i) scale_to_bytes(q.x + i * r.head_dim, key.pairs, factors, scaled, i);
+    std::fill_n(factors, key.pairs, 1.0f);
+  }
+};
+
 // What a thread keeps for an item or a tile of it.
 struct LookupScratch {
   Room<uint8_t> row_bytes, codes;  // tables of query rows; codes of a tile
@@ -11,7 +31,7 @@ struct LookupScratch {
   RowTables own_rows[kRows];
   const RowTables* rows;  // of the item's queries
   alignas(64) int32_t sums[kRows][kTile];
-  ScaledQueries scaled;
+  ItemQueries turned;
   TurnedQueries queries[kTileTokens / 64];  // of each page
   ByteRows weights;
   Matrix matrix;
@@ -93,23 +113,18 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
                          Fetch& fetch, Scratch& s, LookupScratch& l) {
   const Side& key = r.key;
   const Tables tables(key, TableKind::turned_keys, tile.head);
-  bool as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
-  for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
-  const int still = as_bytes ? plan.still[tile.head % key.codebook.heads] : key.pairs;
-  float factors[kColumns / 2];
-  for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
-  for (int i = 0; as_bytes && i < q.rows; ++i) scale_to_bytes(q.x + i * r.head_dim, key.pairs, factors, l.scaled, i);
-  std::fill_n(factors, as_bytes ? key.pairs : 0, 1.0f);
+  const bool as_bytes = l.turned.as_bytes;
+  const int still = l.turned.still;
   for (int p = 0; p < tile.pages; ++p, angle.next_page(*plan.turns)) {
     if (as_bytes) {
       float cos[kColumns / 2], sin[kColumns / 2];
-      angle.scaled(key.pairs, factors, cos, sin);
+      angle.scaled(key.pairs, l.turned.factors, cos, sin);
       by_four_rows(q.rows, [&](int row, auto h) {
-        round_turned_to_bytes<h()>(l.scaled, cos, sin, key.pairs, still, l.queries[p], row);
+        round_turned_to_bytes<h()>(l.turned.scaled, cos, sin, key.pairs, still, l.queries[p], row);
       });
       continue;
     }
-    angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, factors, s.mapped[0]);
+    angle.turn_back(q.x, q.rows, key.pairs, r.head_dim, l.turned.factors, s.mapped[0]);
     for (int i = 0; i < q.rows; ++i) round_turned_to_words(s.mapped[0] + i * r.head_dim, key.pairs, l.queries[p], i);
   }
   const Codes codes = codes_of(tile, key.codes, 0, l.codes);

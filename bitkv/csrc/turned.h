@@ -147,6 +147,9 @@ inline void scale_to_bytes(const float* x, int pairs, const float* factors, Scal
 template <int H>
 inline void round_turned_to_bytes(const ScaledQueries& x, const float* cos, const float* sin, int pairs, int still,
                                   TurnedQueries& q, int row) {
+  // packing leaves, as words, four a and their four b in turn
+  const V quads = _mm512_setr_epi32(0x0a080200, 0x0e0c0604, 0x1a181210, 0x1e1c1614, 0x2a282220, 0x2e2c2624, 0x3a383230,
+                                    0x3e3c3634, 0, 0, 0, 0, 0, 0, 0, 0);
   F offsets[H];
   float offset[H];
   repeat<H>([&](auto h) { offsets[h] = set(0); });
@@ -158,9 +161,8 @@ inline void round_turned_to_bytes(const ScaledQueries& x, const float* cos, cons
       const F x0 = load(x.x[row + h][0] + i), x1 = load(x.x[row + h][1] + i);
       const I a = to_int(fma(x0, c, x1 * s)), b = to_int(x1 * c - x0 * s);
       offsets[h] = fma(to_float(a + b), bias, offsets[h]);
-      const __m128i low = _mm512_cvtepi32_epi8(a.v), high = _mm512_cvtepi32_epi8(b.v);
-      auto* to = reinterpret_cast<__m128i*>(q.bytes[row + h] + i / 2);
-      _mm_store_si128(to, _mm_unpacklo_epi16(low, high)), _mm_store_si128(to + 1, _mm_unpackhi_epi16(low, high));
+      const B bytes = lookup(B{_mm512_packs_epi32(a.v, b.v)}, B{quads});
+      _mm256_store_si256(reinterpret_cast<__m256i*>(q.bytes[row + h] + i / 2), _mm512_castsi512_si256(bytes.v));
     });
   }
   sums_of<H>(offsets, offset);
@@ -245,6 +247,17 @@ template <bool kFine, int H>
   }
 }
 
+// What codes of 64 tokens point to in pairs i and i + 1: channels i, i + pairs, i + 1 and i + 1 + pairs.
+struct PairEntries {
+  V x, y, x2, y2;
+
+  [[gnu::always_inline]] PairEntries(const TurnedKeys& keys, const PairCodes& of, int i) {
+    const uint8_t *x_table = keys.tables.biased(i), *y_table = keys.tables.biased(i + keys.pairs);
+    x = of.x.look_up(x_table), y = of.y.look_up(y_table);
+    x2 = of.x.look_up(x_table + kEntries), y2 = of.y.look_up(y_table + kEntries);
+  }
+};
+
 // Keys of 64 tokens in two pairs of channels, turned, as unsigned bytes: a, a', b, b' of 16 tokens in each register, of four
 // from each sixteen. kStill: of pairs that hardly turn within a page. `angle`: of the first pair; those of the second lie
 // `next` behind it.
@@ -252,16 +265,13 @@ template <bool kStill>
 struct TurnedBytes {
   V tokens[4];
 
-  [[gnu::always_inline]] TurnedBytes(const TurnedKeys& keys, const PairCodes& of, int i, const V* angle, size_t next) {
-    const uint8_t *x_table = keys.tables.biased(i), *y_table = keys.tables.biased(i + keys.pairs);
-    const V x = of.x.look_up(x_table), y = of.y.look_up(y_table);
-    const V x2 = of.x.look_up(x_table + kEntries), y2 = of.y.look_up(y_table + kEntries);
+  [[gnu::always_inline]] TurnedBytes(const PairEntries& of, const V* angle, size_t next) {
     if constexpr (kStill) {
-      put(0, _mm512_unpacklo_epi8(x, x2), _mm512_unpacklo_epi8(y, y2));
-      put(2, _mm512_unpackhi_epi8(x, x2), _mm512_unpackhi_epi8(y, y2));
+      put(0, _mm512_unpacklo_epi8(of.x, of.x2), _mm512_unpacklo_epi8(of.y, of.y2));
+      put(2, _mm512_unpackhi_epi8(of.x, of.x2), _mm512_unpackhi_epi8(of.y, of.y2));
     } else {
-      const V low = _mm512_unpacklo_epi8(x, y), low2 = _mm512_unpacklo_epi8(x2, y2);
-      const V high = _mm512_unpackhi_epi8(x, y), high2 = _mm512_unpackhi_epi8(x2, y2);
+      const V low = _mm512_unpacklo_epi8(of.x, of.y), low2 = _mm512_unpacklo_epi8(of.x2, of.y2);
+      const V high = _mm512_unpackhi_epi8(of.x, of.y), high2 = _mm512_unpackhi_epi8(of.x2, of.y2);
       const V* angle2 = angle + next;
       put(0, both(low, low2, angle, angle2), both(low, low2, angle + 2, angle2 + 2));
       put(2, both(high, high2, angle + 1, angle2 + 1), both(high, high2, angle + 3, angle2 + 3));
@@ -281,11 +291,14 @@ struct TurnedBytes {
   }
 };
 
-// The same with bytes, two pairs at a time, for an even first and last pair.
+// The same with bytes, two pairs at a time, for an even first and last pair. What is looked up waits for the next step:
+// permutes then run beside the products of the step before.
 template <bool kStill, int H>
 [[gnu::noinline]] void score_byte_pairs(const TurnedKeys& keys, int first, int last, int row, int32_t* sums, Fetch& fetch) {
   const Codes& codes = keys.codes;
   const size_t next = keys.next() * kByteAngles;
+  PairCodes of(keys, 0, first);
+  PairEntries entries(keys, of, first);
   for (int v = 0; v < codes.vectors; ++v, sums += kVector) {
     const int32_t(*queries)[kColumns / 4] = keys.queries_of(v).bytes + row;
     const V* angle = keys.bytes_of(v, first);
@@ -294,16 +307,16 @@ template <bool kStill, int H>
     repeat<H>([&](auto h) {
       repeat<4>([&](auto i) { acc[h][i] = first ? load_v(sums + h * kTile + i * kLanes) : _mm512_setzero_si512(); });
     });
-    for (int i = first; i < last;) {
-      const PairCodes of(keys, v, i);
-      const int end = std::min(last, of.end);
-      for (; i < end; i += 2, angle += 2 * next) {
-        const TurnedBytes<kStill> key(keys, of, i, angle, next);
-        repeat<H>([&](auto h) {
-          const V number = _mm512_set1_epi32(queries[h][i / 2]);
-          repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key.tokens[j], number); });
-        });
-      }
+    for (int i = first; i < last; i += 2, angle += 2 * next) {
+      const TurnedBytes<kStill> key(entries, angle, next);
+      const bool ends = i + 2 == last;  // then those of the next vector
+      const int ahead = ends ? first : i + 2;
+      if (ends || ahead == of.end) of = PairCodes(keys, std::min(v + ends, codes.vectors - 1), ahead);
+      entries = PairEntries(keys, of, ahead);
+      repeat<H>([&](auto h) {
+        const V number = _mm512_set1_epi32(queries[h][i / 2]);
+        repeat<4>([&](auto j) { acc[h][j] = dot_bytes(acc[h][j], key.tokens[j], number); });
+      });
     }
     repeat<H>([&](auto h) { repeat<4>([&](auto i) { _mm512_storeu_si512(sums + h * kTile + i * kLanes, acc[h][i]); }); });
   }
@@ -320,7 +333,7 @@ template <bool kStill>
     const PairCodes of(keys, v, i);
     const int end = std::min(last, of.end);
     for (; i < end; i += 2, angle += 2 * next, ++quad) {
-      const TurnedBytes<kStill> key(keys, of, i, angle, next);
+      const TurnedBytes<kStill> key(PairEntries(keys, of, i), angle, next);
       repeat<4>([&](auto j) { _mm512_store_si512(to.tokens[j][quad], key.tokens[j]); });
     }
   }
