@@ -58,13 +58,15 @@ def environment_of_run(bandwidth_gbps: float, huge_gbps: float, command: str) ->
 
 
 def _device() -> str:
-    """The processor's name."""
+    """The processor's name, and its model's number where Linux tells: rented machines hide the name."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
     except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        first = ""
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in first.splitlines())}
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    family, model = fields.get("cpu family"), fields.get("model")
+    return f"{name} (family {family}, model {model})" if family and model else name
 
 
 def _commit() -> str | None:
