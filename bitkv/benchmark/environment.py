@@ -63,7 +63,8 @@ def _device() -> str:
         first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
     except OSError:
         first = ""
-    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in first.splitlines())}
+    lines = [line.partition(":") for line in first.splitlines()]
+    fields = {key.strip(): value.strip() for key, _, value in lines}
     name = fields.get("model name") or platform.processor() or platform.machine()
     family, model = fields.get("cpu family"), fields.get("model")
     return f"{name} (family {family}, model {model})" if family and model else name
