@@ -4,26 +4,6 @@
 
 namespace bitkv::BITKV_ISA {
 
-// An item's queries for keys before the rotary embedding.
-struct ItemQueries {
-  bool as_bytes;
-  int still;                    // from which pair on keys are not turned within a page
-  float factors[kColumns / 2];  // of pairs, while they are turned
-  ScaledQueries scaled;         // as_bytes: with the factors in them
-
-  void make(const AttendRequest& r, const Plan& plan, const Queries& q, int head) {
-    const Side& key = r.key;
-    const Tables tables(key, TableKind::turned_keys, head);
-    as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
-    for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
-    still = as_bytes ? plan.still[head % key.codebook.heads] : key.pairs;
-    for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
-    if (!as_bytes) return;
-    for (int i = 0; i < q.rows; ++i) scale_to_bytes(q.x + i * r.head_dim, key.pairs, factors, scaled, i);
-    std::fill_n(factors, key.pairs, 1.0f);
-  }
-};
-
 // What a thread keeps for an item or a tile of it.
 struct LookupScratch {
   Room<uint8_t> row_bytes, codes;  // tables of query rows; codes of a tile

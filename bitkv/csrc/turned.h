@@ -142,6 +142,26 @@ inline void scale_to_bytes(const float* x, int pairs, const float* factors, Scal
   }
 }
 
+// An item's queries for keys before the rotary embedding.
+struct ItemQueries {
+  bool as_bytes;
+  int still;                    // from which pair on keys are not turned within a page
+  float factors[kColumns / 2];  // of pairs, while they are turned
+  ScaledQueries scaled;         // as_bytes: with the factors in them
+
+  void make(const AttendRequest& r, const Plan& plan, const Queries& q, int head) {
+    const Side& key = r.key;
+    const Tables tables(key, TableKind::turned_keys, head);
+    as_bytes = tables.are_coarse() && are_even(key.pairs, key.codes.channels);
+    for (int i = 0; i < q.rows; ++i) as_bytes = as_bytes && are_coarse(q.x + i * r.head_dim, key.width, tables);
+    still = as_bytes ? plan.still[head % key.codebook.heads] : key.pairs;
+    for (int i = 0; i < key.pairs; ++i) factors[i] = key.factor * tables.units()[i] * (as_bytes && i < still ? kTurnedUnit : 1);
+    if (!as_bytes) return;
+    for (int i = 0; i < q.rows; ++i) scale_to_bytes(q.x + i * r.head_dim, key.pairs, factors, scaled, i);
+    std::fill_n(factors, key.pairs, 1.0f);
+  }
+};
+
 // H rows of queries, turned back by a page's angles, as bytes, for keys that are kTurnedUnit (byte - 128), rounded down, in
 // pairs before `still`, which were turned, and byte - kBias in the others.
 template <int H>
@@ -309,7 +329,7 @@ template <bool kStill, int H>
     });
     for (int i = first; i < last; i += 2, angle += 2 * next) {
       const TurnedBytes<kStill> key(entries, angle, next);
-      const bool ends = i + 2 == last;  // then those of the next vector
+      const bool ends = i + 2 == last;  // then those of the next vector; after the last one in vain
       const int ahead = ends ? first : i + 2;
       if (ends || ahead == of.end) of = PairCodes(keys, std::min(v + ends, codes.vectors - 1), ahead);
       entries = PairEntries(keys, of, ahead);
