@@ -112,7 +112,7 @@ inline void add_page(const AttendRequest& r, const Plan& plan, const Queries& q,
   const uint8_t* data = page + r.key.nbytes();
   const bool integers = !r.value.has_codebook && plan.value.is_integer();
   fetch.pause();
-  if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, s)) return;
+  if (!soften(r, q, first, r.page_size, integers ? &plan.value : nullptr, data, undealt, s)) return;
   if (r.value.has_codebook) return add_float_values(r, q, data, head, s);
   values_times(plan.value, data, s.weights[0], kTile, q.rows, {q.softmax[0].out, q.stride, true}, fetch, s);
 }

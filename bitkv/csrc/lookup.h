@@ -17,6 +17,8 @@ inline V load_v(const void* p) { return _mm512_loadu_si512(p); }
 // acc + sums of four products of unsigned and signed bytes, or of two products of words, in each lane.
 inline V dot_bytes(V acc, V numbers, V entries) { return _mm512_dpbusd_epi32(acc, numbers, entries); }
 inline V dot_words(V acc, V a, V b) { return _mm512_dpwssd_epi32(acc, a, b); }
+// a where the mask has ones, b elsewhere
+inline V select(V mask, V a, V b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 
 // A table of 256 bytes in registers.
 struct ByteTable {
@@ -86,15 +88,64 @@ inline void copy_codes(const CodePart& part, const uint8_t* data, uint8_t* out) 
   }
 }
 
-// Words in the order that unpacking bytes leaves, as float32 in the order of tokens.
-inline void put_words(V low, V high, float unit, float offset, float* out) {
-  const V first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-  const V tokens[2] = {_mm512_permutex2var_epi64(low, first, high), _mm512_permutex2var_epi64(low, second, high)};
-  for (int i = 0; i < 4; ++i) {
-    const __m256i half = i % 2 ? _mm512_extracti64x4_epi64(tokens[i / 2], 1) : _mm512_castsi512_si256(tokens[i / 2]);
-    const F x{_mm512_cvtepi32_ps(_mm512_cvtepu16_epi32(half))};
-    store(out + i * kLanes, fma(x, set(unit), set(offset)));
+// Scores and weights of 64 tokens that are looked up lie as if they had been dealt onto four registers: register i has
+// tokens i, 4 + i, 8 + i and so on. Words of even and of odd tokens fall apart into these, and these together make bytes
+// in the order of tokens, by shifts alone: permutes are what lookups wait for.
+inline int dealt(int t) { return t / kVector * kVector + t % 4 * kLanes + t % kVector / 4; }
+
+// Dword j in a quarter of output i was dword i in that quarter of input j.
+inline void transpose_dwords(const V (&x)[4], V (&out)[4]) {
+  const V low = _mm512_unpacklo_epi32(x[0], x[1]), low2 = _mm512_unpacklo_epi32(x[2], x[3]);
+  const V high = _mm512_unpackhi_epi32(x[0], x[1]), high2 = _mm512_unpackhi_epi32(x[2], x[3]);
+  out[0] = _mm512_unpacklo_epi64(low, low2), out[1] = _mm512_unpackhi_epi64(low, low2);
+  out[2] = _mm512_unpacklo_epi64(high, high2), out[3] = _mm512_unpackhi_epi64(high, high2);
+}
+
+// Quarter j of output i was quarter i of input j.
+inline void transpose_quarters(const V (&x)[4], V (&out)[4]) {
+  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
+  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+  out[0] = _mm512_shuffle_i32x4(p, q, 0x88), out[1] = _mm512_shuffle_i32x4(p, q, 0xdd);
+  out[2] = _mm512_shuffle_i32x4(r, t, 0x88), out[3] = _mm512_shuffle_i32x4(r, t, 0xdd);
+}
+
+// Numbers of 64 tokens from their order, and back.
+inline void deal(V (&x)[4]) {
+  V y[4];
+  transpose_quarters(x, y), transpose_dwords(y, x);
+}
+inline void undeal(V (&x)[4]) {
+  V y[4];
+  transpose_dwords(x, y), transpose_quarters(y, x);
+}
+
+// The same for rows of `tokens` numbers.
+template <void (*kReorder)(V (&)[4])>
+inline void reorder(float* x, int rows, int tokens) {
+  for (int i = 0; i < rows; ++i, x += kTile) {
+    for (int t = 0; t < tokens; t += kVector) {
+      V y[4];
+      repeat<4>([&](auto j) { y[j] = load_v(x + t + j * kLanes); });
+      kReorder(y);
+      repeat<4>([&](auto j) { _mm512_storeu_si512(x + t + j * kLanes, y[j]); });
+    }
   }
+}
+
+// Halves of 64 tokens, dealt.
+inline void deal_halves(const uint16_t* p, F (&out)[4]) {
+  V x[4];
+  repeat<4>([&](auto i) { x[i] = _mm512_castps_si512(load_half(p + i * kLanes).v); });
+  deal(x);
+  repeat<4>([&](auto i) { out[i] = F{_mm512_castsi512_ps(x[i])}; });
+}
+
+// 16-bit sums of even and of odd tokens as float32, dealt.
+inline void put_words(V even, V odd, float unit, float offset, float* out) {
+  const V low = _mm512_set1_epi32(0xffff);
+  const V x[4] = {_mm512_and_si512(even, low), _mm512_and_si512(odd, low),  //
+                  _mm512_srli_epi32(even, 16), _mm512_srli_epi32(odd, 16)};
+  repeat<4>([&](auto i) { store(out + i * kLanes, fma(to_float(I{x[i]}), set(unit), set(offset))); });
 }
 
 // --- keys as attention meets them -----------------------------------------------------------------
@@ -180,8 +231,7 @@ template <int N, int H>
   repeat<H>([&](auto h) {
     repeat<N>([&](auto v) {
       const V even = _mm512_sub_epi16(all[h][v], _mm512_slli_epi16(odd[h][v], 8));
-      put_words(_mm512_unpacklo_epi16(even, odd[h][v]), _mm512_unpackhi_epi16(even, odd[h][v]), rows[h].unit, rows[h].offset,
-                scores + h * kTile + (first + v) * kVector);
+      put_words(even, odd[h][v], rows[h].unit, rows[h].offset, scores + h * kTile + (first + v) * kVector);
     });
   });
 }
@@ -189,19 +239,19 @@ template <int N, int H>
 // The same for one row in words.
 template <int N>
 [[gnu::noinline]] void scan_wide_row(const Codes& codes, int groups, const RowTables& row, int first, Fetch& fetch, float* scores) {
-  V low[N], high[N];
-  repeat<N>([&](auto v) { low[v] = high[v] = _mm512_setzero_si512(); });
+  V even[N], odd[N];
+  repeat<N>([&](auto v) { even[v] = odd[v] = _mm512_setzero_si512(); });
   for (int g = 0; g < groups; ++g) {
     const uint8_t* table = row.bytes + g * 2 * kEntries;
     fetch.steps(N);
     repeat<N>([&](auto v) __attribute__((always_inline)) {
       const Index index(load_v(codes.from[first + v] + g * codes.stride));
-      const V h = index.look_up(table), l = index.look_up(table + kEntries);
-      low[v] = _mm512_add_epi16(low[v], _mm512_unpacklo_epi8(l, h));
-      high[v] = _mm512_add_epi16(high[v], _mm512_unpackhi_epi8(l, h));
+      const V high = index.look_up(table), low = index.look_up(table + kEntries), upper = _mm512_set1_epi16(int16_t(0xff00));
+      even[v] = _mm512_add_epi16(even[v], select(upper, _mm512_slli_epi16(high, 8), low));
+      odd[v] = _mm512_add_epi16(odd[v], select(upper, high, _mm512_srli_epi16(low, 8)));
     });
   }
-  repeat<N>([&](auto v) { put_words(low[v], high[v], row.unit, row.offset, scores + (first + v) * kVector); });
+  repeat<N>([&](auto v) { put_words(even[v], odd[v], row.unit, row.offset, scores + (first + v) * kVector); });
 }
 
 // Calls scan(first vector, their number as a constant: N or 1).

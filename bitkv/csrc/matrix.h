@@ -14,7 +14,7 @@ constexpr bool kHasMatrix = false;
 #endif
 constexpr int kMatrixRows = 16;   // of a register
 constexpr int kMatrixBytes = 64;  // of a row
-constexpr int kMatrixLeast = 5;   // query rows from which on it is faster, since bytes pass through memory on their way to it
+constexpr int kMatrixLeast = 5;   // query rows from which on keys before the rotary embedding are faster by it
 
 // The unit's registers, by what they hold:
 //   0 ... 3  scores   int32 [query rows][16 tokens] of 64 tokens

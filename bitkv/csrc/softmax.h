@@ -76,15 +76,18 @@ inline void raise(const Queries& q, Softmax& state, float high) {
   state.high = high;
 }
 
-// Hides what rows do not see of `count` tokens from `first` on, whose scores are [rows][kTile].
-inline void hide(const AttendRequest& r, const Queries& q, int64_t first, int count, int padded, Scratch& s) {
+inline int undealt(int t) { return t; }  // the place of a token's score, where it is not that of lookup.h
+
+// Hides what rows do not see of `count` tokens from `first` on, whose scores are [rows][kTile]; token t's is at place(t).
+template <class Place>
+inline void hide(const AttendRequest& r, const Queries& q, int64_t first, int count, int padded, const Place& place, Scratch& s) {
   if (first + padded - 1 <= q.first_last && count == padded && first > q.last_last - r.window) return;  // most pages
   for (int i = 0; i < q.rows; ++i) {
     float* score = s.scores[i];
     const int64_t end = std::clamp<int64_t>(q.last[i] + 1 - first, 0, count);
     const int64_t begin = std::clamp<int64_t>(q.last[i] + 1 - r.window - first, 0, end);
-    for (int64_t t = 0; t < begin; ++t) score[t] = -INFINITY;
-    for (int64_t t = end; t < padded; ++t) score[t] = -INFINITY;
+    for (int64_t t = 0; t < begin; ++t) score[place(int(t))] = -INFINITY;
+    for (int64_t t = end; t < padded; ++t) score[place(int(t))] = -INFINITY;
   }
 }
 
@@ -131,12 +134,13 @@ inline void weigh(const Queries& q, int row, int count, const Half* values, cons
   sums_of<H>(totals, total);
 }
 
-// Turns scores into weights; false if all are negligible. See `weigh`.
+// Turns scores into weights; false if all are negligible. See `weigh` and `hide`.
+template <class Place>
 inline bool soften(const AttendRequest& r, const Queries& q, int64_t first, int count, const Half* values,
-                   const uint8_t* data, Scratch& s) {
+                   const uint8_t* data, const Place& place, Scratch& s) {
   const int padded = (count + kLanes - 1) / kLanes * kLanes;
   for (int i = 0; r.softcap > 0 && i < q.rows; ++i) cap(r, s.scores[i], padded);
-  hide(r, q, first, count, padded, s);
+  hide(r, q, first, count, padded, place, s);
   for (int i = 0; i < q.rows; ++i) {
     if (q.softmax[i].high == -INFINITY) raise(q, q.softmax[i], largest(s.scores[i], padded));
   }

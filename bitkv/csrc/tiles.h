@@ -16,7 +16,7 @@ struct LookupScratch {
   ByteRows weights;
   Matrix matrix;
   MatrixKeys matrix_keys;
-  MatrixValues matrix_values;
+  ValueRoom values;
 };
 
 inline LookupScratch& lookup_scratch() {
@@ -67,15 +67,14 @@ inline Codes codes_of(const Tile& tile, const CodePart& part, size_t offset, Roo
   return codes;
 }
 
-// A step is a vector of codes that meets two or four rows of queries, a row of wide tables or two channels of values.
+// A step is a vector of codes that meets rows of queries, a row of wide tables or two channels of values.
 inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Queries& q, const LookupScratch& l) {
-  const int vectors = r.page_size / kVector, at_once = kHasMatrix && q.rows >= kMatrixLeast ? kMatrixRows : 4;
-  const int passes = (q.rows + at_once - 1) / at_once;
+  const int vectors = r.page_size / kVector, fours = (q.rows + 3) / 4, sixteens = (q.rows + 15) / 16;
   int64_t steps = 0;
   if (!plan.looks_up_keys) {
     steps += plan.keys_as_floats ? 0 : plan.key.steps();
   } else if (r.key.inv_freq) {
-    steps += vectors * r.key.pairs * passes;
+    steps += vectors * r.key.pairs * (kHasMatrix && q.rows >= kMatrixLeast ? sixteens : fours);
   } else {
     for (int i = 0; i < q.rows; i += rows_at_once(l.rows + i, q.rows - i)) steps += vectors * r.key.codes.groups();
   }
@@ -83,7 +82,7 @@ inline Pace pace_of_lookups(const AttendRequest& r, const Plan& plan, const Quer
     steps += r.value.has_codebook ? 0 : plan.value.steps();
   } else {
     const bool is_fine = Tables(r.value, TableKind::values, 0).is_fine();
-    steps += vectors * (r.value.width / 2) * passes * (is_fine ? 2 : 1);
+    steps += vectors * (r.value.width / 2) * (kHasMatrix ? sixteens : fours) * (is_fine ? 2 : 1);
   }
   return Pace::of(r.page_bytes() / 64, steps, 0);
 }
@@ -136,15 +135,20 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
 
 // Scores become those of keys that have scales of their own; sums: of the query rows.
 inline void scale_scores(const CodePart& part, const uint8_t* data, int rows, const float* sums, float* scores) {
-  for (int t = 0; part.scales && t < part.page_size; t += kLanes) {
-    const F scale = load_half(part.scale(data) + t), zero = part.scales == 2 ? load_half(part.zero_point(data) + t) : set(0);
+  for (int t = 0; part.scales && t < part.page_size; t += kVector) {
+    F scale[4], zero[4];
+    deal_halves(part.scale(data) + t, scale);
+    if (part.scales == 2) deal_halves(part.zero_point(data) + t, zero);
     for (int i = 0; i < rows; ++i) {
-      float* at = scores + i * kTile + t;
-      store(at, fma(load(at), scale, zero * set(sums[i])));
+      repeat<4>([&](auto j) {
+        float* at = scores + i * kTile + t + j * kLanes;
+        store(at, fma(load(at), scale[j], part.scales == 2 ? zero[j] * set(sums[i]) : set(0)));
+      });
     }
   }
 }
 
+// Scores of a tile, dealt if values are looked up.
 inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& q, const Tile& tile, Angle& angle, Fetch& fetch,
                        Scratch& s, LookupScratch& l) {
   const Side& key = r.key;
@@ -153,6 +157,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
       score_page(r, plan, q, tile.page[p], tile.head, angle, fetch, s.scores[0] + p * tile.page_size, s);
       if (plan.turns) angle.next_page(*plan.turns);
     }
+    if (plan.looks_up_values) reorder<deal>(s.scores[0], q.rows, tile.tokens());
     return;
   }
   float sums[kRows] = {};  // which zero points multiply; turned keys have none
@@ -165,23 +170,30 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
   for (int p = 0; p < tile.pages; ++p) {
     scale_scores(key.codes, tile.page[p], q.rows, sums, s.scores[0] + p * tile.page_size);
   }
+  if (!plan.looks_up_values) reorder<undeal>(s.scores[0], q.rows, tile.tokens());
 }
 
 // Weights times scales of values that have them, and what zero points add to all channels.
 inline void scale_weights(const CodePart& part, const Queries& q, const Tile& tile, size_t offset, int width, Scratch& s) {
   if (!part.scales) return;
-  for (int i = 0; i < q.rows; ++i) {
-    F zeros = set(0);
-    for (int p = 0; p < tile.pages; ++p) {
-      const uint8_t* data = tile.page[p] + offset;
-      float* weights = s.weights[i] + p * tile.page_size;
-      for (int t = 0; t < tile.page_size; t += kLanes) {
-        const F weight = load(weights + t);
-        if (part.scales == 2) zeros = fma(weight, load_half(part.zero_point(data) + t), zeros);
-        store(weights + t, weight * load_half(part.scale(data) + t));
-      }
+  F zeros[kRows];
+  for (int i = 0; i < q.rows; ++i) zeros[i] = set(0);
+  for (int t = 0; t < tile.tokens(); t += kVector) {
+    const uint8_t* data = tile.page[t / tile.page_size] + offset;
+    F scale[4], zero[4];
+    deal_halves(part.scale(data) + t % tile.page_size, scale);
+    if (part.scales == 2) deal_halves(part.zero_point(data) + t % tile.page_size, zero);
+    for (int i = 0; i < q.rows; ++i) {
+      repeat<4>([&](auto j) {
+        float* at = s.weights[i] + t + j * kLanes;
+        const F weight = load(at);
+        if (part.scales == 2) zeros[i] = fma(weight, zero[j], zeros[i]);
+        store(at, weight * scale[j]);
+      });
     }
-    const F zero = set(sum(zeros));
+  }
+  for (int i = 0; part.scales == 2 && i < q.rows; ++i) {
+    const F zero = set(sum(zeros[i]));
     for (int c = 0; c < width; c += kLanes) store(q.softmax[i].out + c, load(q.softmax[i].out + c) + zero);
   }
 }
@@ -200,7 +212,7 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
     }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
-  add_values(codes, fetch, tables, value.codes.channels, l.weights, l.matrix, l.matrix_values, q.softmax[0].out, q.stride);
+  add_values(codes, fetch, tables, value.codes.channels, l.weights, l.matrix, l.values, q.softmax[0].out, q.stride);
 }
 
 // A tile of pages; of one page where values are not looked up.
@@ -213,7 +225,7 @@ inline void attend_tile(const AttendRequest& r, const Plan& plan, const Queries&
   score_tile(r, plan, q, tile, angle, fetch, s, l);
   if (!plan.looks_up_values) {
     add_page(r, plan, q, tile.page[0], tile.head, tile.first, fetch, s);
-  } else if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, s)) {
+  } else if (soften(r, q, tile.first, tile.tokens(), nullptr, nullptr, dealt, s)) {
     add_tile_values(r, q, tile, fetch, s, l);
   }
   fetch.rest();

@@ -380,22 +380,20 @@ template <bool kStill>
   }
 }
 
-// Quarter l of output j is what quarter j of input l was.
-inline void transpose_quarters(const V (&x)[4], V (&out)[4]) {
-  const V p = _mm512_shuffle_i32x4(x[0], x[1], 0x44), q = _mm512_shuffle_i32x4(x[2], x[3], 0x44);
-  const V r = _mm512_shuffle_i32x4(x[0], x[1], 0xee), t = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
-  out[0] = _mm512_shuffle_i32x4(p, q, 0x88), out[1] = _mm512_shuffle_i32x4(p, q, 0xdd);
-  out[2] = _mm512_shuffle_i32x4(r, t, 0x88), out[3] = _mm512_shuffle_i32x4(r, t, 0xdd);
-}
-
-// Sums of 64 tokens as words were unpacked, of even tokens, then of odd ones; or as bytes were, four of each sixteen.
+// Sums of 64 tokens as scores, dealt. Bytes were unpacked to four neighbours of each sixteen tokens in a register, words to
+// four even ones of each sixteen in the first two, then to four odd ones.
 inline void put_turned(const int32_t* sums, bool as_bytes, float unit, float offset, float* out) {
-  V x[4], y[4];  // register i of x has, in quarter l, tokens 16 l + 4 i + 0 ... 3
+  V x[4], y[4];
   repeat<4>([&](auto i) { y[i] = load_v(sums + i * kLanes); });
-  x[0] = as_bytes ? y[0] : _mm512_unpacklo_epi32(y[0], y[2]), x[1] = as_bytes ? y[1] : _mm512_unpackhi_epi32(y[0], y[2]);
-  x[2] = as_bytes ? y[2] : _mm512_unpacklo_epi32(y[1], y[3]), x[3] = as_bytes ? y[3] : _mm512_unpackhi_epi32(y[1], y[3]);
-  transpose_quarters(x, y);
-  for (int i = 0; i < 4; ++i) store(out + i * kLanes, fma(to_float(I{y[i]}), set(unit), set(offset)));
+  if (as_bytes) {
+    transpose_dwords(y, x);
+  } else {
+    const auto every_second = [](V a, V b, auto odd) {
+      return _mm512_castps_si512(_mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), odd() ? 0xdd : 0x88));
+    };
+    repeat<4>([&](auto i) { x[i] = every_second(y[i % 2 * 2], y[i % 2 * 2 + 1], std::bool_constant<(i >= 2)>()); });
+  }
+  repeat<4>([&](auto i) { store(out + i * kLanes, fma(to_float(I{x[i]}), set(unit), set(offset))); });
 }
 
 }  // namespace bitkv::BITKV_ISA

@@ -4,14 +4,34 @@
 
 namespace bitkv::BITKV_ISA {
 
-// Weights of a tile as bytes: of each query row one row of bytes, then second terms of those where one would
-// be too coarse.
+// A row of a tile's weights, dealt, as bytes: all of each weight, or its high or its low byte where one would be too coarse.
+struct ByteRow {
+  const float* weights;
+  float inverse, unit;  // of what the bytes are multiples of
+  int row;              // of the queries
+  bool is_half;
+  unsigned shift;       // of a half
+
+  // Bytes of 64 tokens.
+  V at(int t) const {
+    V y[4];
+    repeat<4>([&](auto i) { y[i] = to_int(load(weights + t + i * kLanes) * set(inverse)).v; });
+    if (is_half) repeat<4>([&](auto i) { y[i] = _mm512_and_si512(_mm512_srli_epi32(y[i], shift), _mm512_set1_epi32(255)); });
+    const V half = _mm512_or_si512(y[0], _mm512_slli_epi32(y[1], 8));
+    return _mm512_ternarylogic_epi32(half, _mm512_slli_epi32(y[2], 16), _mm512_slli_epi32(y[3], 24), 0xfe);
+  }
+};
+
+// Of each query row one row of bytes, then second terms.
 struct ByteRows {
-  alignas(64) uint8_t bytes[2 * kRows][kTile];
-  float unit[2 * kRows];
-  int row[2 * kRows];
+  ByteRow of[2 * kRows];
   int high, count;
 };
+
+// Quads where they are transposed to their order: dword 4 i + l is at 4 l + i, or comes from there.
+inline V in_order(V x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
+}
 
 // What a row's weights are rounded to.
 struct WeightUnit {
@@ -38,42 +58,20 @@ inline void find_weight_units(const float* weights, int tokens, float spread, We
   }
 }
 
-// Bytes of a row of weights in steps of largest / 255.
-inline void put_weights(const float* weights, int tokens, float largest, uint8_t* out) {
-  const F inverse = set(largest > 1e-30f ? 255 / largest : 0);
-  for (int t = 0; t < tokens; t += kVector) {
-    I y[4];
-    repeat<4>([&](auto i) { y[i] = to_int(load(weights + t + i * kLanes) * inverse); });
-    store_bytes(out + t, pack<true>(y[0], y[1], y[2], y[3]));
-  }
-}
-
-// In steps of largest / 65280, their high or their low bytes.
-inline void put_half_weights(const float* weights, int tokens, float largest, int shift, uint8_t* out) {
-  const F inverse = set(largest > 1e-30f ? 65280 / largest : 0);
-  for (int t = 0; t < tokens; t += kLanes) {
-    const V y = _mm512_srli_epi32(to_int(load(weights + t) * inverse).v, unsigned(shift));
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + t), _mm512_cvtepi32_epi8(y));
-  }
-}
-
-// Weights [rows][kTile] as bytes, and their sums.
+// Weights [rows][kTile] as rows of bytes, and their sums.
 inline void round_weights(const float* weights, int rows, int tokens, float spread, ByteRows& out, float* totals) {
   out.high = out.count = rows;
   WeightUnit units[kRows];
   by_rows(rows, [&](int row, auto h) { find_weight_units<h()>(weights + row * kTile, tokens, spread, units + row); });
   for (int i = 0; i < rows; ++i) {
-    const float* from = weights + i * kTile;
     const WeightUnit& unit = units[i];
+    const float steps = unit.is_coarse ? 65280 : 255;
+    ByteRow of{weights + i * kTile, unit.largest > 1e-30f ? steps / unit.largest : 0, unit.largest / 255, i, unit.is_coarse, 8};
     totals[i] = unit.total;
-    out.row[i] = i, out.unit[i] = unit.largest / 255;
-    if (!unit.is_coarse) {
-      put_weights(from, tokens, unit.largest, out.bytes[i]);
-      continue;
-    }
-    put_half_weights(from, tokens, unit.largest, 8, out.bytes[i]);
-    out.row[out.count] = i, out.unit[out.count] = unit.largest / 65280;
-    put_half_weights(from, tokens, unit.largest, 0, out.bytes[out.count++]);
+    out.of[i] = of;
+    if (!unit.is_coarse) continue;
+    of.unit = unit.largest / steps, of.shift = 0;
+    out.of[out.count++] = of;
   }
 }
 
@@ -112,128 +110,146 @@ template <int C, int H>
 // Calls fn(how many neighbouring channels share a code, as a constant: up to kMost).
 template <int kMost, class Fn>
 inline void by_sharing(int channels, const Fn& fn) {
-  if (kMost == 4 && channels % 4 == 0) fn(std::integral_constant<int, 4>());
+  if (kMost == 8 && channels % 8 == 0) fn(std::integral_constant<int, 8>());
+  else if (kMost == 8 && channels % 4 == 0) fn(std::integral_constant<int, 4>());
   else if (channels % 2 == 0) fn(std::integral_constant<int, 2>());
   else fn(std::integral_constant<int, 1>());
 }
 
-// Sums of H rows of bytes over all channels, C at a time, into out[row of the bytes]. `part`: 1 for the entries' low parts.
+// Rows of a tile's bytes as they are multiplied without the matrix unit.
+struct PlainValues { alignas(64) uint8_t bytes[4][kTile]; };
+
+// Sums of H rows of bytes over all channels, C at a time, into out[query row]. `part`: 1 for the entries' low parts.
 template <int C, int H>
-[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows, int row,
-                                   int part, Fetch& fetch, float* out, int stride) {
+[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int part,
+                                   PlainValues& room, Fetch& fetch, float* out, int stride) {
+  for (int h = 0; h < H; ++h) {
+    for (int v = 0; v < codes.vectors; ++v) _mm512_store_si512(room.bytes[h] + v * kVector, rows[h].at(v * kVector));
+  }
   V acc[H][kLanes];
   for (int c = 0; c < tables.width; c += kLanes) {
     for (int i = 0; i < kLanes; i += C) {
       fetch.steps(codes.vectors);
-      multiply_values<C, H>(codes, tables.of(c + i) + part * tables.low(), (c + i) / channels * codes.stride, rows.bytes + row,
+      multiply_values<C, H>(codes, tables.of(c + i) + part * tables.low(), (c + i) / channels * codes.stride, room.bytes,
                             reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
     }
     for (int h = 0; h < H; ++h) {
-      float* sums = out + rows.row[row + h] * stride + c;
-      const F unit = load(tables.units() + c) * set(rows.unit[row + h] * (part ? 1 : 256));
+      float* sums = out + rows[h].row * stride + c;
+      const F unit = load(tables.units() + c) * set(rows[h].unit * (part ? 1 : 256));
       store(sums, fma(to_float(I{sums_of_sixteen(acc[h])}), unit, load(sums)));
     }
   }
 }
 
 // What the matrix unit is given: entries of sixteen channels, and weights in quads of tokens, `columns` rows in each.
-constexpr int kMatrixVectors = 4;  // whose entries stay in the first-level cache until they are multiplied
 struct MatrixValues {
-  alignas(64) uint8_t entries[kMatrixVectors][kMatrixRows][kMatrixBytes];
-  alignas(64) uint8_t weights[kTileVectors * kMatrixRows * kMatrixBytes];
-  alignas(64) int32_t sums[kWidth * kMatrixRows];
+  alignas(64) uint8_t entries[2][kMatrixRows][kMatrixBytes];  // of a vector of tokens and of that before it
+  alignas(64) int32_t weights[kTileVectors * kMatrixRows * kMatrixRows];
+  alignas(64) int32_t sums[kMatrixRows * kMatrixRows];
 };
 
-// Bytes of rows, four at a time, as the matrix unit wants them; those beyond the last are never looked at.
-inline void put_weights_in_quads(const uint8_t (*bytes)[kTile], int columns, int vectors, uint8_t* out) {
-  for (int v = 0; v < vectors; ++v) {
+using ValueRoom = std::conditional_t<kHasMatrix, MatrixValues, PlainValues>;
+
+// Quarters of a register that lie `stride` numbers apart.
+inline V load_quarters(const int32_t* p, int stride) {
+  const auto quarter = [&](int l) { return _mm_load_si128(reinterpret_cast<const __m128i*>(p + l * stride)); };
+  const V x = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(quarter(0)), 0x00f0, quarter(1));
+  return _mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(x, 0x0f00, quarter(2)), 0xf000, quarter(3));
+}
+inline void store_quarters(V x, int32_t* p, int stride) {
+  repeat<4>([&](auto l) {
+    _mm_store_si128(reinterpret_cast<__m128i*>(p + l * stride), _mm512_extracti32x4_epi32(x, decltype(l)::value));
+  });
+}
+
+// Bytes of rows as the matrix unit wants them; those beyond the last are never looked at.
+inline void put_weights_in_quads(const ByteRow* rows, int count, int columns, int vectors, int32_t* out) {
+  for (int v = 0; v < vectors; ++v, out += kMatrixRows * columns) {
     for (int h = 0; h < columns; h += 4) {
-      V x[4];
-      repeat<4>([&](auto i) { x[i] = load_v(bytes[h + i] + v * kVector); });
-      const V low[2] = {_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpacklo_epi32(x[2], x[3])};
-      const V high[2] = {_mm512_unpackhi_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[2], x[3])};
-      // register i has, in quarter l, quad 4 l + i of four rows
-      const V quads[4] = {_mm512_unpacklo_epi64(low[0], low[1]), _mm512_unpackhi_epi64(low[0], low[1]),
-                          _mm512_unpacklo_epi64(high[0], high[1]), _mm512_unpackhi_epi64(high[0], high[1])};
-      repeat<4>([&](auto i) {
-        repeat<4>([&](auto l) {
-          uint8_t* to = out + ((v * kMatrixRows + 4 * l + i) * columns + h) * 4;
-          _mm_store_si128(reinterpret_cast<__m128i*>(to), _mm512_extracti32x4_epi32(quads[i], decltype(l)::value));
-        });
-      });
+      V x[4], quads[4];  // quarter l of register i: quad 4 i + l of four rows
+      repeat<4>([&](auto i) { x[i] = in_order(rows[std::min(h + i, count - 1)].at(v * kVector)); });
+      transpose_dwords(x, quads);
+      repeat<4>([&](auto i) { store_quarters(quads[i], out + 4 * i * columns + h, columns); });
     }
   }
 }
 
-// Entries of sixteen channels, C at a time, of vectors [first, last). `part`: 1 for the low parts.
+// Entries of vector v in sixteen channels, C at a time.
 template <int C>
-[[gnu::noinline]] void put_entries(const Codes& codes, const Tables& tables, int channels, int c, int part, int first, int last,
-                                   uint8_t (*to)[kMatrixRows][kMatrixBytes]) {
+[[gnu::always_inline]] inline void put_entries(const Codes& codes, const uint8_t* table, int channels, int c, int v,
+                                               uint8_t (*to)[kMatrixBytes]) {
   for (int i = 0; i < kMatrixRows; i += C) {
-    const uint8_t* table = tables.of(c + i) + part * tables.low();
-    const size_t at = (c + i) / channels * codes.stride;
-    const auto of = [&]<int... j>(std::integer_sequence<int, j...>) {
-      return std::array<ByteTable, C>{ByteTable(table + j * kEntries)...};
-    }(std::make_integer_sequence<int, C>());
-    for (int v = first; v < last; ++v) {
-      const Index index(load_v(codes.from[v] + at));
-      repeat<C>([&](auto j) { _mm512_store_si512(to[v - first][i + j], index.look_up(of[j])); });
-    }
+    const Index index(load_v(codes.from[v] + (c + i) / channels * codes.stride));
+    repeat<C>([&](auto j) { _mm512_store_si512(to[i + j], index.look_up(table + (i + j) * kEntries)); });
   }
+}
+
+// Sums of sixteen channels into register 7. A vector of tokens is multiplied when the next one has been looked up, and what
+// was stored is in the cache.
+template <int C>
+[[gnu::noinline]] void sum_channels(const Codes& codes, const uint8_t* table, int channels, int c, int columns,
+                                    MatrixValues& room, Fetch& fetch) {
+  const auto multiply = [&](int v) {
+    Matrix::load<5>(room.entries[v % 2], kMatrixBytes);
+    Matrix::load<6>(room.weights + v * kMatrixRows * columns, columns * 4);
+    Matrix::dot<7, 5, 6>();
+  };
+  Matrix::zero<7>();
+  for (int v = 0; v < codes.vectors; ++v) {
+    fetch.steps(kMatrixRows / 2);
+    put_entries<C>(codes, table, channels, c, v, room.entries[v % 2]);
+    if (v > 0) multiply(v - 1);
+  }
+  multiply(codes.vectors - 1);
 }
 
 // As scan_values, for up to sixteen rows of bytes, by the matrix unit.
-[[gnu::noinline]] inline void sum_values_by_matrix(const Codes& codes, const Tables& tables, int channels, const ByteRows& rows,
-                                                   int row, int count, int part, Matrix& matrix, MatrixValues& room,
-                                                   Fetch& fetch, float* out, int stride) {
+[[gnu::noinline]] inline void sum_values_by_matrix(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows,
+                                                   int count, int part, Matrix& matrix, MatrixValues& room, Fetch& fetch,
+                                                   float* out, int stride) {
   const int columns = (count + 3) / 4 * 4;
   matrix.shape_columns(columns);
-  put_weights_in_quads(rows.bytes + row, columns, codes.vectors, room.weights);
-  const V channel = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const V at = _mm512_mullo_epi32(channel, _mm512_set1_epi32(columns));
+  put_weights_in_quads(rows, count, columns, codes.vectors, room.weights);
   for (int c = 0; c < tables.width; c += kMatrixRows) {
-    Matrix::zero<7>();
-    for (int first = 0; first < codes.vectors; first += kMatrixVectors) {
-      const int last = std::min(first + kMatrixVectors, codes.vectors);
-      fetch.steps((last - first) * kMatrixRows / 2);
-      by_sharing<4>(channels, [&](auto n) { put_entries<n()>(codes, tables, channels, c, part, first, last, room.entries); });
-      for (int v = first; v < last; ++v) {
-        Matrix::load<5>(room.entries[v - first], kMatrixBytes);
-        Matrix::load<6>(room.weights + v * kMatrixRows * columns * 4, columns * 4);
-        Matrix::dot<7, 5, 6>();
+    const uint8_t* table = tables.of(c) + part * tables.low();
+    by_sharing<8>(channels, [&](auto n) { sum_channels<n()>(codes, table, channels, c, columns, room, fetch); });
+    Matrix::store<7>(room.sums, columns * 4);
+    for (int h = 0; h < count; h += 4) {
+      V x[4], sums[4];  // quarter l of input i: channel 4 i + l in four rows
+      repeat<4>([&](auto i) { x[i] = load_quarters(room.sums + 4 * i * columns + h, columns); });
+      transpose_dwords(x, sums);
+      for (int i = 0; i < std::min(4, count - h); ++i) {
+        const ByteRow& row = rows[h + i];
+        const F unit = set(row.unit * (part ? 1 : 256)) * load(tables.units() + c);
+        float* to = out + row.row * stride + c;
+        store(to, fma(to_float(I{in_order(sums[i])}), unit, load(to)));
       }
     }
-    Matrix::store<7>(room.sums + c * columns, columns * 4);
   }
-  for (int h = 0; h < count; ++h) {
-    float* sums = out + rows.row[row + h] * stride;
-    const F unit = set(rows.unit[row + h] * (part ? 1 : 256));
-    for (int c = 0; c < tables.width; c += kLanes) {
-      const F of = to_float(I{_mm512_i32gather_epi32(at, room.sums + c * columns + h, 4)});
-      store(sums + c, fma(of, unit * load(tables.units() + c), load(sums + c)));
-    }
+}
+
+// Sums of rows of bytes, with either room.
+inline void sum_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int count, int part,
+                       Matrix&, PlainValues& room, Fetch& fetch, float* out, int stride) {
+  by_sharing<2>(channels, [&](auto n) {
+    by_four_rows(count, [&](int row, auto h) {
+      scan_values<n(), h()>(codes, tables, channels, rows + row, part, room, fetch, out, stride);
+    });
+  });
+}
+inline void sum_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int count, int part,
+                       Matrix& matrix, MatrixValues& room, Fetch& fetch, float* out, int stride) {
+  for (int row = 0; row < count; row += kMatrixRows) {
+    const int n = std::min(kMatrixRows, count - row);
+    sum_values_by_matrix(codes, tables, channels, rows + row, n, part, matrix, room, fetch, out, stride);
   }
 }
 
 inline void add_values(const Codes& codes, Fetch& fetch, const Tables& tables, int channels, const ByteRows& rows,
-                       Matrix& matrix, MatrixValues& room, float* out, int stride) {
-  for (int part = 0; part < (tables.is_fine() ? 2 : 1); ++part) {
-    const int count = part ? rows.high : rows.count;  // low parts of both are too small to matter
-    int row = 0;
-    for (int n; kHasMatrix && count - row >= kMatrixLeast; row += n) {
-      n = std::min(kMatrixRows, count - row);
-      sum_values_by_matrix(codes, tables, channels, rows, row, n, part, matrix, room, fetch, out, stride);
-    }
-    by_sharing<2>(channels, [&](auto n) {
-      const auto scan = [&](auto h) {
-        scan_values<n(), h()>(codes, tables, channels, rows, row, part, fetch, out, stride);
-        row += h();
-      };
-      while (row + 4 <= count) scan(std::integral_constant<int, 4>());
-      if (row + 2 <= count) scan(std::integral_constant<int, 2>());
-      if (row < count) scan(std::integral_constant<int, 1>());
-    });
-  }
+                       Matrix& matrix, ValueRoom& room, float* out, int stride) {
+  sum_values(codes, tables, channels, rows.of, rows.count, 0, matrix, room, fetch, out, stride);
+  // low parts of both are too small to matter
+  if (tables.is_fine()) sum_values(codes, tables, channels, rows.of, rows.high, 1, matrix, room, fetch, out, stride);
 }
 
 }  // namespace bitkv::BITKV_ISA

@@ -84,7 +84,7 @@ inline void attend_hot(const AttendRequest& r, const Queries& q, int64_t offset,
       hot_scores<h()>(keys, dim, q.x + row * dim, count, s.scores[row], kTile);
     });
   });
-  if (!soften(r, q, first, count, nullptr, nullptr, s)) return;
+  if (!soften(r, q, first, count, nullptr, nullptr, undealt, s)) return;
   with_loader(r.hot_v, r.hot_dtype, [&](const auto& load_value) {
     const auto values = [&](int i) { return load_value(offset + i); };
     by_four_rows(q.rows, [&](int row, auto h) {
