@@ -36,6 +36,7 @@ from bitkv.benchmark import (
     vllm,
     write_json,
 )
+from bitkv.benchmark.environment import processor_name
 from bitkv.benchmark.packing import FLUSHES, append_times
 from bitkv.benchmark.rivals import rival_calls, sdpa_calls
 from bitkv.benchmark.synthetic import Shape, new_layer, spread_lengths, synthetic_layer
@@ -491,6 +492,15 @@ def test_a_file_of_something_else_is_refused(content: str, tmp_path: Path) -> No
     (tmp_path / "rows.json").write_text(content)
     with pytest.raises(ValueError, match="holds no benchmark rows"):
         read_json(tmp_path / "rows.json", Row)
+
+
+def test_rows_name_the_model_of_a_processor_whose_name_is_hidden() -> None:
+    one = "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 173\nmodel name\t: Intel(R) Xeon(R) Processor\n"
+    assert processor_name(f"{one}\n{one.replace('173', '207')}") == (
+        "Intel(R) Xeon(R) Processor (family 6, model 173)"
+    )
+    assert processor_name("model name\t: Cortex\n") == "Cortex"
+    assert processor_name("")
 
 
 def test_table_fits_eighty_columns(report: Report) -> None:

@@ -58,11 +58,15 @@ def environment_of_run(bandwidth_gbps: float, huge_gbps: float, command: str) ->
 
 
 def _device() -> str:
-    """The processor's name, and its model's number where Linux tells: rented machines hide the name."""
     try:
-        first, _, _ = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")
+        return processor_name(Path("/proc/cpuinfo").read_text(encoding="utf-8"))
     except OSError:
-        first = ""
+        return processor_name("")
+
+
+def processor_name(cpuinfo: str) -> str:
+    """The processor's name, and its model's number where Linux tells: rented machines hide the name."""
+    first, _, _ = cpuinfo.partition("\n\n")
     lines = [line.partition(":") for line in first.splitlines()]
     fields = {key.strip(): value.strip() for key, _, value in lines}
     name = fields.get("model name") or platform.processor() or platform.machine()
