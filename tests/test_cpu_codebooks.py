@@ -311,8 +311,8 @@ def test_query_heads_of_a_kv_head(pair, ratio):
 
 @pytest.mark.skipif("amx" not in ISAS, reason="this CPU has no matrix unit")
 @pytest.mark.parametrize("channels", [1, 2, 4, 8])
-@pytest.mark.parametrize("head_dim", [64, 96])
-@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 17, 40])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 16, 17, 40])
 @ROPES
 def test_the_matrix_unit_sums_the_same_integers(channels, head_dim, rows, rope):
     """Bit for bit, with weights of one and of two bytes, and with pairs that turn and that hardly do."""
