@@ -20,14 +20,6 @@ inline V dot_words(V acc, V a, V b) { return _mm512_dpwssd_epi32(acc, a, b); }
 // a where the mask has ones, b elsewhere
 inline V select(V mask, V a, V b) { return _mm512_ternarylogic_epi32(mask, a, b, 0xca); }
 
-// A table of 256 bytes in registers.
-struct ByteTable {
-  V quarter[4];
-
-  [[gnu::always_inline]] explicit ByteTable(const uint8_t* table)
-      : quarter{load_v(table), load_v(table + 64), load_v(table + 128), load_v(table + 192)} {}
-};
-
 #if defined(BITKV_MATRIX)
 // Codes of 64 tokens, looked up in each quarter of a table: Intel's CPUs permute the bytes of one register in one
 // instruction and those of two in three.
@@ -39,14 +31,13 @@ struct Index {
       : code(code), odd(_mm512_test_epi8_mask(code, _mm512_set1_epi8(64))), upper(_mm512_movepi8_mask(code)),
         last(_kand_mask64(odd, upper)) {}
 
-  // What the codes point to.
-  [[gnu::always_inline]] V look_up(const ByteTable& table) const {
-    V x = _mm512_permutexvar_epi8(code, table.quarter[0]);
-    x = _mm512_mask_permutexvar_epi8(x, odd, code, table.quarter[1]);
-    x = _mm512_mask_permutexvar_epi8(x, upper, code, table.quarter[2]);
-    return _mm512_mask_permutexvar_epi8(x, last, code, table.quarter[3]);
+  // What the codes point to in a table of 256 bytes.
+  [[gnu::always_inline]] V look_up(const uint8_t* table) const {
+    V x = _mm512_permutexvar_epi8(code, load_v(table));
+    x = _mm512_mask_permutexvar_epi8(x, odd, code, load_v(table + 64));
+    x = _mm512_mask_permutexvar_epi8(x, upper, code, load_v(table + 128));
+    return _mm512_mask_permutexvar_epi8(x, last, code, load_v(table + 192));
   }
-  [[gnu::always_inline]] V look_up(const uint8_t* table) const { return look_up(ByteTable(table)); }
 };
 #else
 // Codes of 64 tokens, and which half of a table each points into.
@@ -56,14 +47,13 @@ struct Index {
 
   explicit Index(V code) : code(code), upper(_mm512_movepi8_mask(code)) {}
 
-  // What the codes point to.
-  [[gnu::always_inline]] V look_up(const ByteTable& table) const {
+  // What the codes point to in a table of 256 bytes.
+  [[gnu::always_inline]] V look_up(const uint8_t* table) const {
     V low = code, high = code;
-    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(table.quarter[0]), "v"(table.quarter[1]));
-    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(table.quarter[2]), "v"(table.quarter[3]));
+    asm("vpermi2b %2, %1, %0" : "+v"(low) : "v"(load_v(table)), "v"(load_v(table + 64)));
+    asm("vpermi2b %2, %1, %0" : "+v"(high) : "v"(load_v(table + 128)), "v"(load_v(table + 192)));
     return _mm512_mask_blend_epi8(upper, low, high);
   }
-  [[gnu::always_inline]] V look_up(const uint8_t* table) const { return look_up(ByteTable(table)); }
 };
 #endif
 

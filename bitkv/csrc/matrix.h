@@ -16,12 +16,11 @@ constexpr int kMatrixRows = 16;   // of a register
 constexpr int kMatrixBytes = 64;  // of a row
 constexpr int kMatrixLeast = 5;   // query rows from which on keys before the rotary embedding are faster by it
 
-// The unit's registers, by what they hold:
-//   0 ... 3  scores   int32 [query rows][16 tokens] of 64 tokens
+// The unit's registers, by what they hold of keys, and of values:
+//   0 ... 3  scores   int32 [query rows][16 tokens] of 64 tokens     sums     int32 [16 channels][columns]
 //   4        queries  bytes [query rows][64 channels]
-//   5        keys     bytes [16 quads of channels][16 tokens], or entries of values [16 channels][64 tokens]
-//   6        weights  bytes [16 quads of tokens][columns]
-//   7        sums     int32 [16 channels][columns] of values
+//   5        keys     bytes [16 quads of channels][16 tokens]        entries  bytes [16 channels][64 tokens]
+//   6                                                                weights  bytes [16 quads of tokens][columns]
 class Matrix {
  public:
   // Threads are others' too: how they had shaped the registers is put back.
@@ -31,16 +30,24 @@ class Matrix {
     else asm volatile("tilerelease");
   }
 
-  void shape(int rows, int columns) {
-    if (rows == rows_ && columns == columns_) return;
-    rows_ = rows, columns_ = columns;
+  // For keys of so many query rows; what the registers held is lost.
+  void shape_keys(int rows) {
+    if (rows_ == rows) return;
+    rows_ = rows, columns_ = 0;
     Shape to;
     for (int r = 0; r < 5; ++r) to.set(r, rows, kMatrixBytes);
-    to.set(5, kMatrixRows, kMatrixBytes), to.set(6, kMatrixRows, 4 * columns), to.set(7, kMatrixRows, 4 * columns);
+    to.set(5, kMatrixRows, kMatrixBytes);
     asm volatile("ldtilecfg %0" ::"m"(to));
   }
-  void shape_rows(int rows) { shape(rows, std::max(columns_, 1)); }
-  void shape_columns(int columns) { shape(std::max(rows_, 1), columns); }
+
+  // For values that so many columns of weights meet.
+  void shape_values(int columns) {
+    if (columns_ == columns) return;
+    rows_ = 0, columns_ = columns;
+    Shape to;
+    for (int r = 0; r < 7; ++r) to.set(r, kMatrixRows, r == 5 ? kMatrixBytes : 4 * columns);
+    asm volatile("ldtilecfg %0" ::"m"(to));
+  }
 
   template <int R>
   static void zero() { asm volatile("tilezero %%tmm%c0" ::"i"(R)); }

@@ -113,7 +113,7 @@ inline void score_turned(const AttendRequest& r, const Plan& plan, const Queries
   const bool by_matrix = as_bytes && kHasMatrix && q.rows >= kMatrixLeast;
   for (int row = 0, n; by_matrix && row < q.rows; row += n) {
     n = std::min(kMatrixRows, q.rows - row);
-    l.matrix.shape_rows(n);
+    l.matrix.shape_keys(n);
     score_by_matrix(keys, still, row, l.sums, l.matrix_keys, fetch);
   }
   for (int pair = 0, last; !by_matrix && pair < key.pairs; pair = last) {
@@ -212,7 +212,8 @@ inline void add_tile_values(const AttendRequest& r, const Queries& q, const Tile
     }
   }
   const Codes codes = codes_of(tile, value.codes, r.key.nbytes(), l.codes);
-  add_values(codes, fetch, tables, value.codes.channels, l.weights, l.matrix, l.values, q.softmax[0].out, q.stride);
+  ValueSums sums{codes, tables, value.codes.channels, q.softmax[0].out, q.stride, fetch};
+  add_values(sums, l.weights, l.matrix, l.values);
 }
 
 // A tile of pages; of one page where values are not looked up.

@@ -28,11 +28,6 @@ struct ByteRows {
   int high, count;
 };
 
-// Quads where they are transposed to their order: dword 4 i + l is at 4 l + i, or comes from there.
-inline V in_order(V x) {
-  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
-}
-
 // What a row's weights are rounded to.
 struct WeightUnit {
   float largest, total;
@@ -75,6 +70,41 @@ inline void round_weights(const float* weights, int rows, int tokens, float spre
   }
 }
 
+// What a tile's values are added up from, and where to.
+struct ValueSums {
+  const Codes& codes;
+  const Tables& tables;
+  int channels;  // that share a code
+  float* out;    // [query rows][stride]
+  int stride;
+  Fetch& fetch;
+  int part = 0;  // 1 for the entries' low parts
+
+  const uint8_t* table(int c) const { return tables.of(c) + part * tables.low(); }
+  Index index(int v, int c) const { return Index(load_v(codes.from[v] + c / channels * codes.stride)); }
+
+  // Sums of sixteen channels from c on, for a row of bytes.
+  void add(const ByteRow& row, int c, V sums) const {
+    float* to = out + row.row * stride + c;
+    const F unit = load(tables.units() + c) * set(row.unit * (part ? 1 : 256));
+    store(to, fma(to_float(I{sums}), unit, load(to)));
+  }
+};
+
+// Calls fn(how many neighbouring channels share a code, as a constant: up to kMost).
+template <int kMost, class Fn>
+inline void by_sharing(int channels, const Fn& fn) {
+  if (kMost == 8 && channels % 8 == 0) fn(std::integral_constant<int, 8>());
+  else if (kMost == 8 && channels % 4 == 0) fn(std::integral_constant<int, 4>());
+  else if (channels % 2 == 0) fn(std::integral_constant<int, 2>());
+  else fn(std::integral_constant<int, 1>());
+}
+
+// --- without the matrix unit ----------------------------------------------------------------------
+
+// Rows of a tile's bytes.
+struct PlainValues { alignas(64) uint8_t bytes[4][kTile]; };
+
 // The sums of sixteen registers.
 inline V sums_of_sixteen(const V* x) {
   V t[8], u[4];
@@ -89,14 +119,14 @@ inline V sums_of_sixteen(const V* x) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(v, w, 0x88), _mm512_shuffle_i32x4(v, w, 0xdd));
 }
 
-// out[h][c] = entries of C neighbouring channels times H rows of bytes.
+// acc[h][c] = entries of C neighbouring channels from `at` on times H rows of bytes.
 template <int C, int H>
-[[gnu::always_inline]] inline void multiply_values(const Codes& codes, const uint8_t* table, size_t at,
-                                                   const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+[[gnu::always_inline]] inline void multiply_values(const ValueSums& sums, int at, const uint8_t (*bytes)[kTile], V (*out)[kLanes]) {
+  const uint8_t* table = sums.table(at);
   V acc[C][H];
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { acc[c][h] = _mm512_setzero_si512(); }); });
-  for (int v = 0; v < codes.vectors; ++v) {
-    const Index index(load_v(codes.from[v] + at));
+  for (int v = 0; v < sums.codes.vectors; ++v) {
+    const Index index = sums.index(v, at);
     V weight[H];
     repeat<H>([&](auto h) { weight[h] = load_v(bytes[h] + v * kVector); });
     repeat<C>([&](auto c) {
@@ -107,59 +137,58 @@ template <int C, int H>
   repeat<C>([&](auto c) { repeat<H>([&](auto h) { out[h][c] = acc[c][h]; }); });
 }
 
-// Calls fn(how many neighbouring channels share a code, as a constant: up to kMost).
-template <int kMost, class Fn>
-inline void by_sharing(int channels, const Fn& fn) {
-  if (kMost == 8 && channels % 8 == 0) fn(std::integral_constant<int, 8>());
-  else if (kMost == 8 && channels % 4 == 0) fn(std::integral_constant<int, 4>());
-  else if (channels % 2 == 0) fn(std::integral_constant<int, 2>());
-  else fn(std::integral_constant<int, 1>());
-}
-
-// Rows of a tile's bytes as they are multiplied without the matrix unit.
-struct PlainValues { alignas(64) uint8_t bytes[4][kTile]; };
-
-// Sums of H rows of bytes over all channels, C at a time, into out[query row]. `part`: 1 for the entries' low parts.
+// Adds up all channels for H rows of bytes, C at a time.
 template <int C, int H>
-[[gnu::noinline]] void scan_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int part,
-                                   PlainValues& room, Fetch& fetch, float* out, int stride) {
+[[gnu::noinline]] void scan_values(const ValueSums sums, const ByteRow* rows, PlainValues& room) {
+  const int vectors = sums.codes.vectors;
   for (int h = 0; h < H; ++h) {
-    for (int v = 0; v < codes.vectors; ++v) _mm512_store_si512(room.bytes[h] + v * kVector, rows[h].at(v * kVector));
+    for (int v = 0; v < vectors; ++v) _mm512_store_si512(room.bytes[h] + v * kVector, rows[h].at(v * kVector));
   }
   V acc[H][kLanes];
-  for (int c = 0; c < tables.width; c += kLanes) {
+  for (int c = 0; c < sums.tables.width; c += kLanes) {
     for (int i = 0; i < kLanes; i += C) {
-      fetch.steps(codes.vectors);
-      multiply_values<C, H>(codes, tables.of(c + i) + part * tables.low(), (c + i) / channels * codes.stride, room.bytes,
-                            reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
+      sums.fetch.steps(vectors);
+      multiply_values<C, H>(sums, c + i, room.bytes, reinterpret_cast<V(*)[kLanes]>(&acc[0][i]));
     }
-    for (int h = 0; h < H; ++h) {
-      float* sums = out + rows[h].row * stride + c;
-      const F unit = load(tables.units() + c) * set(rows[h].unit * (part ? 1 : 256));
-      store(sums, fma(to_float(I{sums_of_sixteen(acc[h])}), unit, load(sums)));
-    }
+    for (int h = 0; h < H; ++h) sums.add(rows[h], c, sums_of_sixteen(acc[h]));
   }
 }
 
-// What the matrix unit is given: entries of sixteen channels, and weights in quads of tokens, `columns` rows in each.
-struct MatrixValues {
-  alignas(64) uint8_t entries[2][kMatrixRows][kMatrixBytes];  // of a vector of tokens and of that before it
-  alignas(64) int32_t weights[kTileVectors * kMatrixRows * kMatrixRows];
-  alignas(64) int32_t sums[kMatrixRows * kMatrixRows];
-};
+inline void sum_values(const ValueSums& sums, const ByteRow* rows, int count, Matrix&, PlainValues& room) {
+  by_sharing<2>(sums.channels, [&](auto n) {
+    by_four_rows(count, [&](int row, auto h) { scan_values<n(), h()>(sums, rows + row, room); });
+  });
+}
 
-using ValueRoom = std::conditional_t<kHasMatrix, MatrixValues, PlainValues>;
+// --- by the matrix unit ---------------------------------------------------------------------------
+
+constexpr int kMatrixBlocks = 4;  // of sixteen channels that share loads of weights
+
+// What the matrix unit is given: a block's entries and those of the block before it, and weights in quads of tokens,
+// `columns` rows in each. And what it gives.
+struct MatrixValues {
+  alignas(64) uint8_t entries[2][kMatrixRows][kMatrixBytes];
+  alignas(64) int32_t weights[kTileVectors * kMatrixRows * kMatrixRows];
+  alignas(64) int32_t sums[kMatrixBlocks][kMatrixRows * kMatrixRows];
+};
 
 // Quarters of a register that lie `stride` numbers apart.
 inline V load_quarters(const int32_t* p, int stride) {
+  if (stride == 4) return load_v(p);
   const auto quarter = [&](int l) { return _mm_load_si128(reinterpret_cast<const __m128i*>(p + l * stride)); };
   const V x = _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(quarter(0)), 0x00f0, quarter(1));
   return _mm512_mask_broadcast_i32x4(_mm512_mask_broadcast_i32x4(x, 0x0f00, quarter(2)), 0xf000, quarter(3));
 }
 inline void store_quarters(V x, int32_t* p, int stride) {
+  if (stride == 4) return _mm512_storeu_si512(p, x);
   repeat<4>([&](auto l) {
     _mm_store_si128(reinterpret_cast<__m128i*>(p + l * stride), _mm512_extracti32x4_epi32(x, decltype(l)::value));
   });
+}
+
+// Quads where they are transposed to their order: dword 4 i + l is at 4 l + i, or comes from there.
+inline V in_order(V x) {
+  return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), x);
 }
 
 // Bytes of rows as the matrix unit wants them; those beyond the last are never looked at.
@@ -174,82 +203,76 @@ inline void put_weights_in_quads(const ByteRow* rows, int count, int columns, in
   }
 }
 
-// Entries of vector v in sixteen channels, C at a time.
+// Sums of rows from what the unit stored of sixteen channels from c on.
+inline void add_block(const ValueSums& sums, const ByteRow* rows, int count, int columns, int c, const int32_t* stored) {
+  for (int h = 0; h < count; h += 4) {
+    V x[4], of_row[4];  // quarter l of input i: channel 4 i + l in four rows
+    repeat<4>([&](auto i) { x[i] = load_quarters(stored + 4 * i * columns + h, columns); });
+    transpose_dwords(x, of_row);
+    for (int i = 0; i < std::min(4, count - h); ++i) sums.add(rows[h + i], c, in_order(of_row[i]));
+  }
+}
+
+// Entries of vector v in sixteen channels from c on, C at a time.
 template <int C>
-[[gnu::always_inline]] inline void put_entries(const Codes& codes, const uint8_t* table, int channels, int c, int v,
-                                               uint8_t (*to)[kMatrixBytes]) {
+[[gnu::always_inline]] inline void put_entries(const ValueSums& sums, int v, int c, uint8_t (*to)[kMatrixBytes]) {
+  const uint8_t* table = sums.table(c);
   for (int i = 0; i < kMatrixRows; i += C) {
-    const Index index(load_v(codes.from[v] + (c + i) / channels * codes.stride));
+    const Index index = sums.index(v, c + i);
     repeat<C>([&](auto j) { _mm512_store_si512(to[i + j], index.look_up(table + (i + j) * kEntries)); });
   }
 }
 
-// Sums of sixteen channels into register 7. A vector of tokens is multiplied when the next one has been looked up, and what
-// was stored is in the cache.
-template <int C>
-[[gnu::noinline]] void sum_channels(const Codes& codes, const uint8_t* table, int channels, int c, int columns,
-                                    MatrixValues& room, Fetch& fetch) {
-  const auto multiply = [&](int v) {
-    Matrix::load<5>(room.entries[v % 2], kMatrixBytes);
-    Matrix::load<6>(room.weights + v * kMatrixRows * columns, columns * 4);
-    Matrix::dot<7, 5, 6>();
+// Sums of N blocks of channels from c on. A block is multiplied when the next one has been looked up, and what was stored
+// is in the cache. Loading weights again for every block would take as long as multiplying.
+template <int C, int N>
+[[gnu::noinline]] void sum_blocks(const ValueSums sums, int c, int columns, MatrixValues& room) {
+  repeat<N>([&](auto b) { Matrix::zero<b()>(); });
+  const auto multiply = [&](auto b, int at) __attribute__((always_inline)) {
+    Matrix::load<5>(room.entries[at % 2], kMatrixBytes);
+    Matrix::dot<b(), 5, 6>();
   };
-  Matrix::zero<7>();
-  for (int v = 0; v < codes.vectors; ++v) {
-    fetch.steps(kMatrixRows / 2);
-    put_entries<C>(codes, table, channels, c, v, room.entries[v % 2]);
-    if (v > 0) multiply(v - 1);
+  constexpr std::integral_constant<int, N - 1> kLast;
+  for (int v = 0; v < sums.codes.vectors; ++v) {
+    repeat<N>([&](auto b) __attribute__((always_inline)) {
+      const int at = v * N + b();
+      sums.fetch.steps(kMatrixRows / 2);
+      put_entries<C>(sums, v, c + b() * kMatrixRows, room.entries[at % 2]);
+      if constexpr (b() > 0) multiply(std::integral_constant<int, b() - 1>(), at - 1);
+      else if (v > 0) multiply(kLast, at - 1);
+      if constexpr (b() == 0) Matrix::load<6>(room.weights + v * kMatrixRows * columns, columns * 4);
+    });
   }
-  multiply(codes.vectors - 1);
+  multiply(kLast, sums.codes.vectors * N - 1);
+  repeat<N>([&](auto b) { Matrix::store<b()>(room.sums[b()], columns * 4); });
 }
 
-// As scan_values, for up to sixteen rows of bytes, by the matrix unit.
-[[gnu::noinline]] inline void sum_values_by_matrix(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows,
-                                                   int count, int part, Matrix& matrix, MatrixValues& room, Fetch& fetch,
-                                                   float* out, int stride) {
-  const int columns = (count + 3) / 4 * 4;
-  matrix.shape_columns(columns);
-  put_weights_in_quads(rows, count, columns, codes.vectors, room.weights);
-  for (int c = 0; c < tables.width; c += kMatrixRows) {
-    const uint8_t* table = tables.of(c) + part * tables.low();
-    by_sharing<8>(channels, [&](auto n) { sum_channels<n()>(codes, table, channels, c, columns, room, fetch); });
-    Matrix::store<7>(room.sums, columns * 4);
-    for (int h = 0; h < count; h += 4) {
-      V x[4], sums[4];  // quarter l of input i: channel 4 i + l in four rows
-      repeat<4>([&](auto i) { x[i] = load_quarters(room.sums + 4 * i * columns + h, columns); });
-      transpose_dwords(x, sums);
-      for (int i = 0; i < std::min(4, count - h); ++i) {
-        const ByteRow& row = rows[h + i];
-        const F unit = set(row.unit * (part ? 1 : 256)) * load(tables.units() + c);
-        float* to = out + row.row * stride + c;
-        store(to, fma(to_float(I{in_order(sums[i])}), unit, load(to)));
-      }
+// As without the matrix unit.
+inline void sum_values(const ValueSums& sums, const ByteRow* all, int count_all, Matrix& matrix, MatrixValues& room) {
+  for (int row = 0; row < count_all; row += kMatrixRows) {
+    const ByteRow* rows = all + row;
+    const int count = std::min(kMatrixRows, count_all - row), columns = (count + 3) / 4 * 4;
+    matrix.shape_values(columns);
+    put_weights_in_quads(rows, count, columns, sums.codes.vectors, room.weights);
+    for (int c = 0, blocks; c < sums.tables.width; c += blocks * kMatrixRows) {
+      blocks = c + kMatrixBlocks * kMatrixRows <= sums.tables.width ? kMatrixBlocks : 1;
+      by_sharing<8>(sums.channels, [&](auto n) {
+        if (blocks == 1) sum_blocks<n(), 1>(sums, c, columns, room);
+        else sum_blocks<n(), kMatrixBlocks>(sums, c, columns, room);
+      });
+      for (int b = 0; b < blocks; ++b) add_block(sums, rows, count, columns, c + b * kMatrixRows, room.sums[b]);
     }
   }
 }
 
-// Sums of rows of bytes, with either room.
-inline void sum_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int count, int part,
-                       Matrix&, PlainValues& room, Fetch& fetch, float* out, int stride) {
-  by_sharing<2>(channels, [&](auto n) {
-    by_four_rows(count, [&](int row, auto h) {
-      scan_values<n(), h()>(codes, tables, channels, rows + row, part, room, fetch, out, stride);
-    });
-  });
-}
-inline void sum_values(const Codes& codes, const Tables& tables, int channels, const ByteRow* rows, int count, int part,
-                       Matrix& matrix, MatrixValues& room, Fetch& fetch, float* out, int stride) {
-  for (int row = 0; row < count; row += kMatrixRows) {
-    const int n = std::min(kMatrixRows, count - row);
-    sum_values_by_matrix(codes, tables, channels, rows + row, n, part, matrix, room, fetch, out, stride);
-  }
-}
+// --------------------------------------------------------------------------------------------------
 
-inline void add_values(const Codes& codes, Fetch& fetch, const Tables& tables, int channels, const ByteRows& rows,
-                       Matrix& matrix, ValueRoom& room, float* out, int stride) {
-  sum_values(codes, tables, channels, rows.of, rows.count, 0, matrix, room, fetch, out, stride);
-  // low parts of both are too small to matter
-  if (tables.is_fine()) sum_values(codes, tables, channels, rows.of, rows.high, 1, matrix, room, fetch, out, stride);
+using ValueRoom = std::conditional_t<kHasMatrix, MatrixValues, PlainValues>;
+
+inline void add_values(ValueSums& sums, const ByteRows& rows, Matrix& matrix, ValueRoom& room) {
+  sum_values(sums, rows.of, rows.count, matrix, room);
+  sums.part = 1;  // low parts of both are too small to matter
+  if (sums.tables.is_fine()) sum_values(sums, rows.of, rows.high, matrix, room);
 }
 
 }  // namespace bitkv::BITKV_ISA
