@@ -149,7 +149,7 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
       tabulate_rows(r.key, head, q.page_x, q.rows, l.products, bytes, l.own_rows);
     }
     if (plan.looks_up_keys && r.key.inv_freq) l.turned.make(r, plan, q, head);
-    const int most = plan.looks_up_values ? kTileTokens / r.page_size : 1;
+    const int most = plan.tile_pages(r);
     const Pace pace = pace_of_lookups(r, plan, q, l);
     if constexpr (kHasMatrix) l.matrix.begin();
     for (int n; i < end; i += n) {

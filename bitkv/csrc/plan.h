@@ -5,6 +5,7 @@
 namespace bitkv::BITKV_ISA {
 
 constexpr int kLeastPart = 16;  // pages
+constexpr size_t kTileBytes = 64 << 10;
 
 // How a call is cut into items that threads take: by the shapes alone, so that results do not depend on
 // the number of threads. An item is a tile of query rows of one KV head and a range of a sequence, which
@@ -51,6 +52,13 @@ struct Plan {
   static int num_pages(const AttendRequest& r, int b) { return r.packed_len[b] / r.page_size; }
   static int hot_pieces(const AttendRequest& r, int b) { return (r.hot_len[b] + kHotTokens - 1) / kHotTokens; }
   int items(const AttendRequest& r) const { return r.batch * r.kv_heads * tiles * parts; }
+  // Pages whose scores are kept together. Tables of query rows and of values are read again for every tile, from the
+  // second-level cache: tiles of the shortest codes are twice as long.
+  int tile_pages(const AttendRequest& r) const {
+    if (!looks_up_values) return 1;
+    const bool is_long = tabulates_rows(r) && kTileTokens / r.page_size * r.page_bytes() <= kTileBytes;
+    return kTileTokens / r.page_size / (is_long ? 1 : 2);
+  }
   bool tabulates_rows(const AttendRequest& r) const { return looks_up_keys && !r.key.inv_freq; }
 };
 
