@@ -317,6 +317,17 @@ def test_bad_requests_fail_before_measuring(changes: dict[str, object], sentence
         run_attention(**arguments)  # type: ignore[arg-type]
 
 
+def test_bandwidth_is_the_faster_around_a_measurement(
+    report: Report, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = iter([21.0, "measured", 23.0])
+    monkeypatch.setattr(request, "read_bandwidth", lambda effort: next(events))
+    before = report.rows[0].environment
+    around, measured = request.measure_beside_bandwidth(before, lambda: next(events))
+    assert measured == "measured"
+    assert around == replace(before, bandwidth_gbps=23)
+
+
 def test_batches_and_threads_have_their_own_rows() -> None:
     shape = {"heads": 4, "kv_heads": 2, "head_dim": 64}
     report = run_attention(

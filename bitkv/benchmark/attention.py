@@ -18,6 +18,7 @@ from bitkv.benchmark.report import Measurement, Report, Row, make_row
 from bitkv.benchmark.request import (
     Progress,
     check_contexts,
+    measure_beside_bandwidth,
     measure_environments,
     name_recipes,
     silent,
@@ -159,14 +160,14 @@ class _Bench:
         self.rows += sorted(rows, key=lambda row: self._order(row.environment))
 
     def _time(self, calls: Sequence[Call]) -> Iterator[tuple[Environment, float]]:
-        """Median milliseconds with each number of threads."""
+        """Median milliseconds with each number of threads, and the bandwidth beside them."""
         for environment in self.environments:
-            with torch_threads(environment.threads):
-                yield environment, median_ms(calls, self.effort)
+            yield measure_beside_bandwidth(environment, partial(median_ms, calls, self.effort))
 
     def _compared(self, row: Row) -> Row:
         """The row beside the rivals that ran with as many threads."""
-        rivals = [r for r in self._rivals if r.environment == row.environment]
+        threads = row.environment.threads
+        rivals = [r for r in self._rivals if r.environment.threads == threads]
         sdpa = min(r.ms for r in rivals if r.is_sdpa)
         others = [r.ms for r in rivals if r.backend == vllm.NAME]
         return replace(row, vs_sdpa=sdpa / row.ms, vs_vllm=others[0] / row.ms if others else None)
@@ -187,7 +188,7 @@ class _Bench:
         return spread_lengths(context, shape.batch, ragged=self.ragged)
 
     def _order(self, environment: Environment) -> int:
-        return self.environments.index(environment)
+        return [each.threads for each in self.environments].index(environment.threads)
 
     def _refuse(self, sentence: str) -> None:
         if sentence not in self.refused:

@@ -16,7 +16,8 @@ class Environment:
     """Where and how the rows of one run were measured.
 
     Args:
-        bandwidth_gbps: measured memory read bandwidth, GB/s, of memory as any tensor has it.
+        bandwidth_gbps: measured memory read bandwidth, GB/s, of memory as any tensor has it: around each
+            row of attention, else at the start of the run.
         threads: torch's threads, in every measurement of the run.
         commit: of the source tree, "-dirty" if changed; None outside one.
         date: UTC, ISO 8601.

@@ -40,7 +40,7 @@ class Row:
             otherwise the K and V that are added, in the model's dtype.
         gbps: `bytes` over `ms`, GB/s.
         bits_per_element: of K and V, measured from bytes, hot window included.
-        fraction_of_bandwidth: `gbps` over the run's `bandwidth_gbps`.
+        fraction_of_bandwidth: `gbps` over `bandwidth_gbps`.
         vs_sdpa: the fastest SDPA variant's time over this one; None but for "attend".
         environment: what rows of a run with as many threads share; in JSON its fields stand here too.
         vs_vllm: vLLM's time over this one; None but for "attend", and where vLLM is not installed.

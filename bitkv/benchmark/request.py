@@ -1,12 +1,13 @@
 """What every benchmark is asked for, checked before anything is measured."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
 from bitkv.benchmark.bandwidth import read_bandwidth
 from bitkv.benchmark.environment import Environment, environment_of_run
-from bitkv.benchmark.timing import Effort, torch_threads
+from bitkv.benchmark.timing import QUICK, Effort, torch_threads
 from bitkv.recipe import Recipe
 from bitkv.recipe.file import as_recipe
 
@@ -47,3 +48,18 @@ def measure_environments(threads: Sequence[int], effort: Effort, command: str) -
             rates = read_bandwidth(effort), read_bandwidth(effort, huge_pages=True)
             environments.append(environment_of_run(*rates, command))
     return environments
+
+
+def measure_beside_bandwidth(
+    environment: Environment, measure: Callable[[], float]
+) -> tuple[Environment, float]:
+    """What `measure` gives with the environment's threads, and the environment with the bandwidth around it.
+
+    On a host with other tenants bandwidth changes within minutes: a fraction of what was read at the
+    start of the run would tell of them. The faster of the rates just before and just after counts.
+    """
+    with torch_threads(environment.threads):
+        before = read_bandwidth(QUICK)
+        measured = measure()
+        rate = max(before, read_bandwidth(QUICK))
+    return replace(environment, bandwidth_gbps=rate), measured

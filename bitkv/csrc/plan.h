@@ -57,7 +57,7 @@ struct Plan {
   int tile_pages(const AttendRequest& r) const {
     if (!looks_up_values) return 1;
     const bool is_long = tabulates_rows(r) && kTileTokens / r.page_size * r.page_bytes() <= kTileBytes;
-    return kTileTokens / r.page_size / (is_long ? 1 : 2);
+    return (is_long ? kTileTokens : kShortTile) / r.page_size;
   }
   bool tabulates_rows(const AttendRequest& r) const { return looks_up_keys && !r.key.inv_freq; }
 };

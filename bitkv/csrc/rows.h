@@ -10,6 +10,7 @@ constexpr int kColumns = 256;  // channels of a head or tokens of a page, at mos
 constexpr int kWidth = 512;    // numbers of a token that pages code, at most: a linear map may give more than channels
 constexpr int kTokens = 128;   // tokens of a page, at most
 constexpr int kTileTokens = 2048;        // whose scores are kept together, at most
+constexpr int kShortTile = 1024;         // the same where a page is many bytes, or keys are turned
 constexpr int kTile = kTileTokens + 64;  // between rows of them: powers of two would share cache sets
 constexpr int kUnitColumns = 64, kUnitBlocks = kColumns / kUnitColumns;  // where numbers have several units
 constexpr int kNumbers = kColumns + 64;  // between rows of bytes: sixteen are stored with 48 zeros behind them

@@ -12,7 +12,7 @@ struct LookupScratch {
   const RowTables* rows;  // of the item's queries
   alignas(64) int32_t sums[kRows][kTile];
   ItemQueries turned;
-  TurnedQueries queries[kTileTokens / 64];  // of each page
+  TurnedQueries queries[kShortTile / 64];  // of each page
   ByteRows weights;
   Matrix matrix;
   MatrixKeys matrix_keys;
