@@ -53,7 +53,7 @@ def measure_environments(threads: Sequence[int], effort: Effort, command: str) -
 def measure_beside_bandwidth(
     environment: Environment, measure: Callable[[], float]
 ) -> tuple[Environment, float]:
-    """What `measure` gives with the environment's threads, and the environment with the bandwidth around it.
+    """What `measure` gives with the environment's threads, and that with the bandwidth around it.
 
     On a host with other tenants bandwidth changes within minutes: a fraction of what was read at the
     start of the run would tell of them. The faster of the rates just before and just after counts.
