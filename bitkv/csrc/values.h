@@ -224,7 +224,8 @@ template <int C>
 }
 
 // Sums of N blocks of channels from c on. A block is multiplied when the next one has been looked up, and what was stored
-// is in the cache. Loading weights again for every block would take as long as multiplying.
+// is in the cache. Loading weights again for every block would take as long as multiplying. `sums` is a copy, which no store
+// can change, so that its fields are not read again after each.
 template <int C, int N>
 [[gnu::noinline]] void sum_blocks(const ValueSums sums, int c, int columns, MatrixValues& room) {
   repeat<N>([&](auto b) { Matrix::zero<b()>(); });
@@ -265,7 +266,7 @@ inline void sum_values(const ValueSums& sums, const ByteRow* all, int count_all,
   }
 }
 
-// --------------------------------------------------------------------------------------------------
+// --- either way -----------------------------------------------------------------------------------
 
 using ValueRoom = std::conditional_t<kHasMatrix, MatrixValues, PlainValues>;
 
