@@ -5,7 +5,7 @@
 namespace bitkv::BITKV_ISA {
 
 constexpr int kLeastPart = 16;  // pages
-constexpr size_t kTileBytes = 64 << 10;
+constexpr size_t kTileBytes = 64 << 10;  // of pages in a long tile, at most
 
 // How a call is cut into items that threads take: by the shapes alone, so that results do not depend on
 // the number of threads. An item is a tile of query rows of one KV head and a range of a sequence, which
