@@ -21,6 +21,7 @@ from bitkv import native
 from bitkv.attention import BACKENDS, AttentionRequest, attend
 from bitkv.codecs import Affine, Codec, Coupled, Sample, Spectral, Unquantized
 from bitkv.codecs.clustering import nearest
+from bitkv.codecs.coupled import in_groups
 from bitkv.layer import PagedLayer
 from bitkv.pages import CodebookFormat, CodedTensor
 from bitkv.rope import Rope
@@ -47,7 +48,12 @@ def coupled(
     x = torch.randn(heads, tokens, head_dim, generator=draw)
     places = torch.arange(tokens)
     sample = Sample(site, x, places, torch.ones_like(x), None, rope_of(head_dim // 2))
-    return Coupled(channels, bits, "uniform", rope).calibrate(sample)
+    codec = Coupled(channels, bits, "uniform", rope)
+    if bits <= 8:
+        return codec.calibrate(sample)
+    # those are not looked up in rounded tables: tokens serve as well as their means, which take long
+    entries = in_groups(x[:, : 2**bits], channels).half()
+    return codec.with_learned({"codebook": entries.unflatten(0, (heads, -1))})
 
 
 @cache
