@@ -14,6 +14,8 @@ template <int BITS, bool kPositive, int H, int R>
     B word[R];
     repeat<R>([&](auto r) { word[r] = load_bytes(codes + r * block_bytes + v * 64); });
     if (v % 2 == 0) fetch.steps(R * std::min(2, vectors - v));  // asking costs instructions too
+    Products sums[R][H];  // of 16 bits where that is faster
+    repeat<R>([&](auto r) { repeat<H>([&](auto h) { sums[r][h] = start(acc[r][h]); }); });
 #pragma GCC unroll 1
     for (int at = 0; at < 8 / BITS; ++at, numbers += 4) {
       B code[R];
@@ -25,10 +27,11 @@ template <int BITS, bool kPositive, int H, int R>
         int32_t four;
         __builtin_memcpy(&four, numbers + h * kNumbers, 4);
         repeat<R>([&](auto r) {
-          acc[r][h] = kPositive ? dot_unsigned(acc[r][h], code[r], four) : dot(acc[r][h], code[r], four);
+          sums[r][h] = kPositive ? dot_unsigned(sums[r][h], code[r], four) : dot(sums[r][h], code[r], four);
         });
       });
     }
+    repeat<R>([&](auto r) { repeat<H>([&](auto h) { acc[r][h] = finish(acc[r][h], sums[r][h]); }); });
   }
 }
 
@@ -37,14 +40,17 @@ template <bool kPositive, int H>
 [[gnu::always_inline]] inline void multiply_tail(I (&acc)[H], const Half& part, const uint8_t* data, int block,
                                                  const int8_t* numbers) {
   const B word = load_bytes(data + part.tail_at + (block / 2) * 64);
+  Products sums[H];
+  repeat<H>([&](auto h) { sums[h] = start(acc[h]); });
   for (int at = 0; at < 4; ++at) {
     const B code = bits_at(word, at + 4 * (block % 2), 1);
     repeat<H>([&](auto h) {
       int32_t four;
       __builtin_memcpy(&four, numbers + h * kNumbers + (part.vectors * 8 + at) * 4, 4);
-      acc[h] = kPositive ? dot_unsigned(acc[h], code, four) : dot(acc[h], code, four);
+      sums[h] = kPositive ? dot_unsigned(sums[h], code, four) : dot(sums[h], code, four);
     });
   }
+  repeat<H>([&](auto h) { acc[h] = finish(acc[h], sums[h]); });
 }
 
 template <int H, int R>

@@ -134,14 +134,17 @@ inline F byte_to_float(B x, int k) {
   return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * k), m)),
           _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.b, 8 * k), m))};
 }
+using Products = I;  // sums of products need no room of their own
+inline Products start(I acc) { return acc; }
+inline I finish(I, Products sums) { return sums; }
 // pairs of products are summed in 16 bits, which codes below 16 cannot overflow
-inline I dot(I acc, B codes, int32_t four) {
+inline Products dot(Products acc, B codes, int32_t four) {
   const __m256i numbers = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.a, numbers), ones)),
           _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(codes.b, numbers), ones))};
 }
 
-inline I dot_unsigned(I acc, B codes, int32_t four) {
+inline Products dot_unsigned(Products acc, B codes, int32_t four) {
   const __m256i numbers = _mm256_set1_epi32(four), ones = _mm256_set1_epi16(1);
   return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(_mm256_maddubs_epi16(numbers, codes.a), ones)),
           _mm256_add_epi32(acc.b, _mm256_madd_epi16(_mm256_maddubs_epi16(numbers, codes.b), ones))};

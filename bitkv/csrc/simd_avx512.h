@@ -97,12 +97,15 @@ inline F byte_to_float(B a, int k) {
 }
 // acc + sum over a lane's four bytes of code * number; `four` holds four int8 for all lanes. In assembly,
 // because GCC copies and spills the sums around the intrinsic.
-inline I dot(I acc, B codes, int32_t four) {
+using Products = I;  // sums of products need no room of their own
+inline Products start(I acc) { return acc; }
+inline I finish(I, Products sums) { return sums; }
+inline Products dot(Products acc, B codes, int32_t four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(codes.v), "v"(_mm512_set1_epi32(four)));
   return acc;
 }
 // the same with four uint8
-inline I dot_unsigned(I acc, B codes, int32_t four) {
+inline Products dot_unsigned(Products acc, B codes, int32_t four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(_mm512_set1_epi32(four)), "v"(codes.v));
   return acc;
 }
