@@ -12,6 +12,7 @@
 #include "softmax.h"
 #include "window.h"
 #include "plan.h"
+#include "entries.h"
 #if defined(BITKV_LOOKUP)
 #include "tables.h"
 #include "matrix.h"
@@ -99,10 +100,11 @@ inline void add_float_values(const AttendRequest& r, const Queries& q, const uin
   });
 }
 
-// Scores of a page's keys; `fetch`: what comes next.
+// Scores of a page's keys; `products` of queries with their entries, or null; `fetch`: what comes next.
 inline void score_page(const AttendRequest& r, const Plan& plan, const Queries& q, const uint8_t* page, int head,
-                       const Angle& angle, Fetch& fetch, float* scores, Scratch& s) {
-  if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, scores, s);
+                       const Angle& angle, const Four* products, Fetch& fetch, float* scores, Scratch& s) {
+  if (products) score_entries(r.key, page, products, q.page_x, q.rows, scores);
+  else if (plan.keys_as_floats) score_floats(r, plan, q, page, head, angle, scores, s);
   else keys_times(plan.key, page, q.page_x, r.key.width, q.rows, {scores, kTile, false}, fetch, s);
 }
 
@@ -141,7 +143,7 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
   const uint8_t* next[kTileTokens / 64];
   fetch_pages(i, 1, next, plan.pace).rest();  // the first, which no other one fetches
 #if defined(BITKV_LOOKUP)
-  if (plan.looks_up_keys || plan.looks_up_values) {
+  if (plan.looks_up()) {
     LookupScratch& l = lookup_scratch();
     l.rows = plan.row_tables ? plan.row_tables + (int64_t(b) * r.kv_heads + head) * plan.rows : l.own_rows;
     if (plan.tabulates_rows(r) && !plan.row_tables && i < end) {
@@ -164,15 +166,27 @@ inline void attend_pages(const AttendRequest& r, const Plan& plan, const Queries
     if constexpr (kHasMatrix) l.matrix.end();
   }
 #endif
-  for (; i < end; ++i) {
+  EntryScratch& e = entry_scratch();
+  const int64_t tokens = int64_t(end - i) * r.page_size;
+  const bool keys_by_entries = plan.keys_by_entries && are_worth(r.key, tokens);
+  const bool values_by_entries = plan.values_by_entries && are_worth(r.value, tokens);
+  const Four* products = keys_by_entries ? multiply_by_entries(r.key, head, q, e) : nullptr;
+  const int most = values_by_entries ? plan.tile_pages(r) : 1;
+  for (int n; i < end; i += n) {
+    n = std::min(most, end - i);
     const int64_t first = r.num_sink_tokens + int64_t(i) * r.page_size;
-    if (sees_any(r, q, first, r.page_size)) {
-      Fetch fetch = fetch_pages(i + 1, 1, next, plan.pace);
-      score_page(r, plan, q, page(i), head, angle, fetch, s.scores[0], s);
-      add_page(r, plan, q, page(i), head, first, fetch, s);
-      fetch.rest();
+    const bool is_seen = sees_any(r, q, first, int64_t(n) * r.page_size);
+    Fetch fetch = fetch_pages(i + n, is_seen ? most : 0, next, plan.pace);
+    for (int p = 0; p < n; ++p) {
+      if (most > 1) fetch.pause();
+      if (is_seen) score_page(r, plan, q, page(i + p), head, angle, products, fetch, s.scores[0] + p * r.page_size, s);
+      if (plan.turns) angle.next_page(*plan.turns);
     }
-    if (plan.turns) angle.next_page(*plan.turns);
+    if (!is_seen) continue;
+    const auto value = [&](int p) { return page(i + p) + r.key.nbytes(); };
+    if (values_by_entries) add_entry_pages(r, q, value, n, head, first, s, e);
+    else add_page(r, plan, q, page(i), head, first, fetch, s);
+    fetch.rest();
   }
 }
 

@@ -98,10 +98,25 @@ inline void unpack_codes(const CodePart& part, const uint8_t* data, int g, int32
   part.each_plane([&](int bits, int shift, size_t begin) {
     const int width = part.page_size * bits / 8, mask = (1 << bits) - 1;
     const uint8_t* from = data + begin + size_t(g) * width;
+    if (bits == 8) {
+      for (int t = 0; t < width; ++t) codes[t] |= from[t] << shift;
+      return;
+    }
     for (int j = 0; j < 8 / bits; ++j) {
       for (int w = 0; w < width; ++w) codes[j * width + w] |= ((from[w] >> (j * bits)) & mask) << shift;
     }
   });
+}
+
+// Calls fn with a constant number of channels where it is a usual one: loops over it are then no loops.
+template <class Fn>
+inline void by_channels(int channels, const Fn& fn) {
+  switch (channels) {
+    case 2: return fn(std::integral_constant<int, 2>());
+    case 4: return fn(std::integral_constant<int, 4>());
+    case 8: return fn(std::integral_constant<int, 8>());
+    default: return fn(channels);
+  }
 }
 
 // The tokens [page_size][width] of a page.
@@ -112,10 +127,11 @@ inline void decode_codes(const Side& side, const uint8_t* data, int head, float*
     const float* entries = side.codebook.of(head, g);
     unpack_codes(part, data, g, codes);
     float* to = out + g * part.channels;
-    for (int t = 0; t < part.page_size; ++t, to += part.width) {
-      const float* entry = entries + size_t(codes[t]) * part.channels;
-      for (int c = 0; c < part.channels; ++c) to[c] = entry[c];
-    }
+    by_channels(part.channels, [&](auto channels) {
+      for (int t = 0; t < part.page_size; ++t, to += part.width) {
+        std::memcpy(to, entries + size_t(codes[t]) * channels, channels * sizeof(float));
+      }
+    });
   }
   if (part.scales == 0) return;
   float scale[kColumns], zero[kColumns] = {};

@@ -67,6 +67,29 @@ struct Half {
   int pauses() const { return is_integer() ? groups + 1 : 0; }
 };
 
+// Room that grows, aligned so that no vector in it crosses a cache line; what it held is lost when it grows.
+template <class T>
+class Room {
+ public:
+  ~Room() { ::operator delete(data_, std::align_val_t(64)); }
+  Room() = default;
+  Room(const Room&) = delete;
+
+  T* of(size_t size) {
+    if (size > size_) {
+      ::operator delete(data_, std::align_val_t(64));
+      data_ = nullptr, size_ = 0;
+      data_ = static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)));
+      size_ = size;
+    }
+    return data_;
+  }
+
+ private:
+  T* data_ = nullptr;
+  size_t size_ = 0;
+};
+
 // Rows of numbers are rounded to multiples of a unit, one for each block of a row's columns.
 struct Units {
   float unit[kUnitBlocks][kRows], inverse[kUnitBlocks][kRows];

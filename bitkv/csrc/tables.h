@@ -4,29 +4,6 @@
 
 namespace bitkv::BITKV_ISA {
 
-// Room that grows, aligned so that no vector in it crosses a cache line; what it held is lost when it grows.
-template <class T>
-class Room {
- public:
-  ~Room() { ::operator delete(data_, std::align_val_t(64)); }
-  Room() = default;
-  Room(const Room&) = delete;
-
-  T* of(size_t size) {
-    if (size > size_) {
-      ::operator delete(data_, std::align_val_t(64));
-      data_ = nullptr, size_ = 0;
-      data_ = static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64)));
-      size_ = size;
-    }
-    return data_;
-  }
-
- private:
-  T* data_ = nullptr;
-  size_t size_ = 0;
-};
-
 constexpr int kEntries = 256;
 constexpr float kLookupShare = 0.09f;  // of quantization's error that a rounding may add
 constexpr int kBias = 90;              // the largest high part of a turned key: twice that, turned, fits in 16 bits

@@ -154,7 +154,7 @@ inline void score_tile(const AttendRequest& r, const Plan& plan, const Queries& 
   const Side& key = r.key;
   if (!plan.looks_up_keys) {
     for (int p = 0; p < tile.pages; ++p) {
-      score_page(r, plan, q, tile.page[p], tile.head, angle, fetch, s.scores[0] + p * tile.page_size, s);
+      score_page(r, plan, q, tile.page[p], tile.head, angle, nullptr, fetch, s.scores[0] + p * tile.page_size, s);
       if (plan.turns) angle.next_page(*plan.turns);
     }
     if (plan.looks_up_values) reorder<deal>(s.scores[0], q.rows, tile.tokens());
