@@ -45,7 +45,8 @@ struct Plan {
     part_size = std::max(least, (longest + wanted - 1) / wanted);
     parts = (longest + part_size - 1) / part_size;
     const int passes = (std::min(rows, kRows) + kMaxH - 1) / kMaxH;
-    pace = Pace::of(r.page_bytes() / 64, passes * (key.steps() + value.steps()), passes * (key.pauses() + value.pauses()) + int(values_by_entries));
+    const int pauses = passes * (key.pauses() + value.pauses()) + values_by_entries;
+    pace = Pace::of(r.page_bytes() / 64, passes * (key.steps() + value.steps()), pauses);
   }
 
   static Half half_of(const Side& side, const AttendRequest& r) {

@@ -134,6 +134,7 @@ inline F byte_to_float(B x, int k) {
   return {_mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.a, 8 * k), m)),
           _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.b, 8 * k), m))};
 }
+
 using Products = I;  // sums of products need no room of their own
 inline Products start(I acc) { return acc; }
 inline I finish(I, Products sums) { return sums; }

@@ -95,11 +95,12 @@ inline B shifted(B a) { return {_mm512_srli_epi32(a.v, kBits)}; }
 inline F byte_to_float(B a, int k) {
   return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a.v, unsigned(8 * k)), _mm512_set1_epi32(255)))};
 }
-// acc + sum over a lane's four bytes of code * number; `four` holds four int8 for all lanes. In assembly,
-// because GCC copies and spills the sums around the intrinsic.
+
 using Products = I;  // sums of products need no room of their own
 inline Products start(I acc) { return acc; }
 inline I finish(I, Products sums) { return sums; }
+// acc + sum over a lane's four bytes of code * number; `four` holds four int8 for all lanes. In assembly,
+// because GCC copies and spills the sums around the intrinsic.
 inline Products dot(Products acc, B codes, int32_t four) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(codes.v), "v"(_mm512_set1_epi32(four)));
   return acc;

@@ -1,5 +1,5 @@
 // Sixteen lanes as four vectors of GCC's and Clang's own, which become SSE2, NEON or whatever the CPU has. No product
-// is fused with a sum, so every CPU gives the same bits.
+// is fused with a sum (-ffp-contract=off), so every CPU gives the same bits.
 #pragma once
 
 #include <bit>
